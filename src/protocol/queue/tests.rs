@@ -1,0 +1,214 @@
+use super::*;
+use crate::types::Partition;
+
+const START: u64 = 1_000_000;
+
+struct Bench {
+    queue: Queue,
+    client: ClientId,
+    now_us: u64,
+}
+
+impl Bench {
+    fn new() -> Self {
+        Self { queue: Queue::default(), client: ClientId::random(), now_us: START }
+    }
+
+    fn ask(&self, owner: OwnerId, keys: &[(&str, Mode)]) -> Acquire {
+        let wants = keys
+            .iter()
+            .map(|(key, mode)| Want::new(ResourceKey::parse(key).unwrap(), *mode))
+            .collect();
+        let partition = Partition(0);
+        Acquire {
+            part: Part { partition, owner, request: RequestId::next(), wants },
+            client: self.client,
+            lease: Lease::new(Duration::from_secs(3)).unwrap(),
+            standing: Standing::Fresh,
+            wait: true,
+            floor: None,
+            limit: 8,
+            metadata: None,
+        }
+    }
+
+    fn acquire(&mut self, ask: &Acquire) -> Acquired {
+        self.queue.acquire(self.now_us, ask).unwrap()
+    }
+
+    fn release(&mut self, ask: &Acquire) -> Released {
+        self.queue.release(self.now_us, &ask.part).unwrap()
+    }
+
+    fn renew(&mut self, ask: &Acquire, waiting: bool) -> Renewed {
+        let renewal = Renewal { part: ask.part.clone(), lease: ask.lease, waiting };
+        self.queue.renew(self.now_us, &[renewal]).unwrap().remove(0)
+    }
+
+    fn owner(&self) -> OwnerId {
+        OwnerId::new(self.client)
+    }
+
+    fn handed(&mut self) -> Vec<RequestId> {
+        self.queue.take_hand_overs().into_iter().map(|over| over.grant.request).collect()
+    }
+}
+
+fn tokens(acquired: &Acquired) -> Vec<u64> {
+    match acquired {
+        Acquired::Granted(grant) => grant.tokens.iter().map(|token| token.get()).collect(),
+        other => panic!("not granted: {other:?}"),
+    }
+}
+
+use Mode::{Exclusive as X, Shared as S};
+
+#[test]
+fn a_release_hands_over_to_the_first_in_line_in_the_same_step() {
+    let mut b = Bench::new();
+    let (o1, o2, o3) = (b.owner(), b.owner(), b.owner());
+    let first = b.ask(o1, &[("k", X)]);
+    let second = b.ask(o2, &[("k", X)]);
+    let third = b.ask(o3, &[("k", X)]);
+    let token = tokens(&b.acquire(&first))[0];
+    assert!(matches!(b.acquire(&second), Acquired::Queued { position: 0, .. }));
+    assert!(matches!(b.acquire(&third), Acquired::Queued { position: 1, .. }));
+    assert_eq!(b.release(&first), Released::Released);
+    assert_eq!(b.handed(), [second.part.request]);
+    assert!(tokens(&b.acquire(&second))[0] > token);
+    assert_eq!(b.release(&first), Released::Gone, "a second copy changes nothing");
+    assert_eq!(b.handed(), []);
+}
+
+#[test]
+fn re_entry_passes_writers_in_line_and_keeps_the_token() {
+    let mut b = Bench::new();
+    let (o1, o2) = (b.owner(), b.owner());
+    let first = b.ask(o1, &[("k", X)]);
+    let writer = b.ask(o2, &[("k", X)]);
+    let token = tokens(&b.acquire(&first));
+    b.acquire(&writer);
+    let again = Acquire { standing: Standing::Incremental, ..b.ask(o1, &[("k", S)]) };
+    assert_eq!(tokens(&b.acquire(&again)), token);
+    assert_eq!(tokens(&b.acquire(&again)), token, "a resent request counts once");
+    assert_eq!(b.queue.inspect(b.now_us, &first.part.wants[0].key).holders.len(), 2);
+    b.release(&first);
+    assert_eq!(b.handed(), [], "the shared entry still holds the writer off");
+    b.release(&again);
+    assert_eq!(b.handed(), [writer.part.request]);
+}
+
+#[test]
+fn readers_share_and_a_reader_behind_a_writer_waits() {
+    let mut b = Bench::new();
+    let (o1, o2, o3, o4) = (b.owner(), b.owner(), b.owner(), b.owner());
+    let (r1, r2, w, r3) = (
+        b.ask(o1, &[("k", S)]),
+        b.ask(o2, &[("k", S)]),
+        b.ask(o3, &[("k", X)]),
+        b.ask(o4, &[("k", S)]),
+    );
+    b.acquire(&r1);
+    tokens(&b.acquire(&r2));
+    assert!(matches!(b.acquire(&w), Acquired::Queued { .. }));
+    assert!(matches!(b.acquire(&r3), Acquired::Queued { .. }));
+    b.release(&r1);
+    b.release(&r2);
+    assert_eq!(b.handed(), [w.part.request]);
+    b.release(&w);
+    assert_eq!(b.handed(), [r3.part.request]);
+}
+
+#[test]
+fn a_set_is_held_as_a_whole_or_not_at_all() {
+    let mut b = Bench::new();
+    let (o1, o2) = (b.owner(), b.owner());
+    let one = b.ask(o1, &[("b", X)]);
+    b.acquire(&one);
+    let all = Acquire { wait: false, ..b.ask(o2, &[("a", X), ("b", X), ("c", X)]) };
+    let Acquired::Busy { key, holders, waiters } = b.acquire(&all) else { panic!() };
+    assert_eq!((key.as_str(), holders, waiters), ("b", vec![o1], false));
+    for key in ["a", "c"] {
+        let seen = b.queue.inspect(b.now_us, &ResourceKey::parse(key).unwrap());
+        assert_eq!(seen, Inspection::default());
+    }
+}
+
+#[test]
+fn a_dead_waiter_that_was_promoted_holds_only_its_claim() {
+    let mut b = Bench::new();
+    let (o1, o2, o3) = (b.owner(), b.owner(), b.owner());
+    let (first, dead, next) =
+        (b.ask(o1, &[("k", X)]), b.ask(o2, &[("k", X)]), b.ask(o3, &[("k", X)]));
+    b.acquire(&first);
+    b.acquire(&dead);
+    b.acquire(&next);
+    b.release(&first);
+    assert_eq!(b.handed(), [dead.part.request]);
+    b.now_us += 1_000_000;
+    let Renewed::Queued { ask_again_in } = b.renew(&next, true) else { panic!() };
+    assert!(ask_again_in <= Duration::from_millis(1_001), "{ask_again_in:?}");
+    b.now_us += 1_001_000;
+    assert!(matches!(b.renew(&next, true), Renewed::Held(Some(_))));
+    assert_eq!(b.renew(&dead, true), Renewed::Lost);
+}
+
+#[test]
+fn a_lapsed_lease_is_lost_for_its_holder_and_found_by_the_next_who_looks() {
+    let mut b = Bench::new();
+    let (o1, o2) = (b.owner(), b.owner());
+    let (slow, other) = (b.ask(o1, &[("a", X), ("b", X)]), b.ask(o2, &[("b", X)]));
+    b.acquire(&slow);
+    b.now_us += 3_000_000;
+    tokens(&b.acquire(&other));
+    assert_eq!(b.renew(&slow, false), Renewed::Lost);
+    assert_eq!(b.release(&slow), Released::Gone);
+    assert_eq!(b.queue.inspect(b.now_us, &other.part.wants[0].key).holders[0].owner, o2);
+}
+
+#[test]
+fn a_late_copy_of_a_cancelled_request_is_never_granted() {
+    let mut b = Bench::new();
+    let o1 = b.owner();
+    let ask = b.ask(o1, &[("k", X)]);
+    b.queue.cancel(b.now_us, &ask.part).unwrap();
+    assert_eq!(b.acquire(&ask), Acquired::Cancelled);
+    assert!(b.queue.is_idle());
+}
+
+#[test]
+fn cancelling_a_waiter_lets_those_behind_it_through() {
+    let mut b = Bench::new();
+    let (o1, o2, o3) = (b.owner(), b.owner(), b.owner());
+    let (r, w, r2) = (b.ask(o1, &[("k", S)]), b.ask(o2, &[("k", X)]), b.ask(o3, &[("k", S)]));
+    b.acquire(&r);
+    b.acquire(&w);
+    b.acquire(&r2);
+    b.queue.cancel(b.now_us, &w.part).unwrap();
+    assert_eq!(b.handed(), [r2.part.request]);
+}
+
+#[test]
+fn the_hold_limit_and_the_upgrade_are_refused_and_leave_nothing() {
+    let mut b = Bench::new();
+    let o1 = b.owner();
+    let first = b.ask(o1, &[("k", S)]);
+    b.acquire(&first);
+    let before = b.queue.clone();
+    let more = Acquire { limit: 1, standing: Standing::Incremental, ..b.ask(o1, &[("k", S)]) };
+    assert!(matches!(b.acquire(&more), Acquired::LimitReached { .. }));
+    let up = Acquire { standing: Standing::Incremental, ..b.ask(o1, &[("k", X)]) };
+    assert!(matches!(b.acquire(&up), Acquired::Upgrade { .. }));
+    assert_eq!(b.queue, before);
+}
+
+#[test]
+fn sweeping_leaves_nothing_of_what_has_lapsed() {
+    let mut b = Bench::new();
+    let (o1, o2) = (b.owner(), b.owner());
+    let (held, waiter) = (b.ask(o1, &[("k", X)]), b.ask(o2, &[("k", X)]));
+    b.acquire(&held);
+    b.acquire(&waiter);
+    b.queue.sweep(b.now_us + 10_000_000).unwrap();
+    assert!(b.queue.is_idle());
+}

@@ -1,0 +1,64 @@
+//! Token arithmetic.
+
+use std::time::Duration;
+
+use crate::types::{FencingToken, MAX_AHEAD};
+
+/// The token counter of a partition holds something that cannot be ours.
+///
+/// It is never overwritten: giving out tokens from a guess could repeat one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Corrupt;
+
+/// The next token: above the last one, above `floor`, and never below the service's clock.
+///
+/// # Errors
+/// [`Corrupt`] when the result would be 2^53 or more, or more than a day ahead of the clock: then
+/// either the counter or the floor did not come from a palisade with a sane clock.
+pub fn next_token(
+    last: Option<FencingToken>,
+    now_us: u64,
+    floor: Option<FencingToken>,
+) -> Result<FencingToken, Corrupt> {
+    let above = |token: Option<FencingToken>| token.map_or(0, |token| token.get() + 1);
+    let number = above(last).max(above(floor)).max(now_us).max(1);
+    if number > now_us.saturating_add(micros(MAX_AHEAD)) {
+        return Err(Corrupt);
+    }
+    FencingToken::new(number).ok_or(Corrupt)
+}
+
+fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn token(number: u64) -> FencingToken {
+        FencingToken::new(number).unwrap()
+    }
+
+    #[test]
+    fn a_token_exceeds_the_last_one_the_floor_and_the_clock() {
+        assert_eq!(next_token(None, 100, None), Ok(token(100)));
+        assert_eq!(next_token(Some(token(100)), 100, None), Ok(token(101)));
+        assert_eq!(next_token(Some(token(100)), 50, Some(token(200))), Ok(token(201)));
+    }
+
+    #[test]
+    fn a_clock_that_stepped_back_never_repeats_a_token() {
+        let last = next_token(None, 5_000, None).unwrap();
+        assert!(next_token(Some(last), 10, None).unwrap() > last);
+    }
+
+    #[test]
+    fn a_token_more_than_a_day_ahead_or_at_two_to_the_53_is_corrupt() {
+        let day = 86_400_000_000;
+        assert_eq!(next_token(Some(token(day + 1)), 1, None), Err(Corrupt));
+        assert!(next_token(Some(token(day)), 1, None).is_ok());
+        let end = FencingToken::LIMIT - 1;
+        assert_eq!(next_token(Some(token(end)), end, None), Err(Corrupt));
+    }
+}

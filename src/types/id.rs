@@ -1,0 +1,140 @@
+//! Who asks: owners, requests, and the client that both came from.
+
+use std::fmt;
+use std::str::FromStr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+/// One lock client of one process. Grants that were waited for are pushed to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ClientId(u32);
+
+impl ClientId {
+    /// A new random client id.
+    #[must_use]
+    pub fn random() -> Self {
+        Self(fastrand::u32(..))
+    }
+}
+
+impl fmt::Display for ClientId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:08x}", self.0)
+    }
+}
+
+/// Who may re-enter a lock: a transaction, and whoever it passes this value to.
+///
+/// An owner id is a value. It can be sent to another process, which may then re-enter what the owner
+/// holds, or try for more; only the client that made it may wait with it, because only that client
+/// knows what the owner holds elsewhere. The client is part of the id (RFC 9562, version 8).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct OwnerId(Uuid);
+
+impl OwnerId {
+    /// A new owner of `client`.
+    #[must_use]
+    pub fn new(client: ClientId) -> Self {
+        let millis = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .map_or(0, |since| u64::try_from(since.as_millis()).unwrap_or(u64::MAX));
+        let high =
+            (u128::from(millis & 0xffff_ffff_ffff) << 80) | (u128::from(fastrand::u16(..)) << 64);
+        let low = (u128::from(fastrand::u32(..)) << 32) | u128::from(client.0);
+        Self(Uuid::new_v8((high | low).to_be_bytes()))
+    }
+
+    /// Whether `client` made this owner.
+    #[must_use]
+    pub fn is_of(self, client: ClientId) -> bool {
+        let bytes = self.0.as_u128().to_be_bytes();
+        bytes.ends_with(&client.0.to_be_bytes())
+    }
+
+    /// The id as a UUID.
+    #[must_use]
+    pub fn as_uuid(self) -> Uuid {
+        self.0
+    }
+}
+
+impl From<Uuid> for OwnerId {
+    fn from(uuid: Uuid) -> Self {
+        Self(uuid)
+    }
+}
+
+impl fmt::Display for OwnerId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(&self.0, f)
+    }
+}
+
+impl FromStr for OwnerId {
+    type Err = uuid::Error;
+
+    fn from_str(text: &str) -> Result<Self, uuid::Error> {
+        text.parse().map(Self)
+    }
+}
+
+/// One acquire call of an owner. It makes a request that is sent twice harmless.
+///
+/// Unique within its owner: the upper half is random per process, the lower half counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct RequestId(u64);
+
+impl RequestId {
+    /// A request id that no other call of this process uses.
+    #[must_use]
+    pub fn next() -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        static SALT: std::sync::OnceLock<u64> = std::sync::OnceLock::new();
+        let salt = SALT.get_or_init(|| u64::from(fastrand::u32(..)) << 32);
+        Self(salt | (NEXT.fetch_add(1, Ordering::Relaxed) & 0xffff_ffff))
+    }
+
+    /// The id as a number, as drivers write it.
+    #[must_use]
+    pub fn as_u64(self) -> u64 {
+        self.0
+    }
+}
+
+impl From<u64> for RequestId {
+    fn from(number: u64) -> Self {
+        Self(number)
+    }
+}
+
+impl fmt::Display for RequestId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:016x}", self.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_owner_knows_the_client_that_made_it() {
+        let (mine, other) = (ClientId(7), ClientId(8));
+        let owner = OwnerId::new(mine);
+        assert!(owner.is_of(mine));
+        assert!(!owner.is_of(other));
+        assert_eq!(owner.as_uuid().get_version_num(), 8);
+        assert_eq!(owner.to_string().parse::<OwnerId>().unwrap(), owner);
+    }
+
+    #[test]
+    fn requests_of_one_process_differ() {
+        let mut all: Vec<_> = (0..1000).map(|_| RequestId::next()).collect();
+        all.dedup();
+        assert_eq!(all.len(), 1000);
+    }
+}

@@ -1,0 +1,163 @@
+//! How long a grant lasts, and whether it still does.
+
+use std::sync::Mutex;
+use std::time::Duration;
+
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+/// The shortest lease.
+pub const MIN_LEASE: Duration = Duration::from_millis(10);
+/// The longest lease.
+pub const MAX_LEASE: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// The time that a grant lasts unless it is renewed, with what follows from it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Lease(Duration);
+
+/// The lease is shorter than [`MIN_LEASE`] or longer than [`MAX_LEASE`].
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("a lease of {0:?} is out of range: it must be between 10 ms and 24 h")]
+pub struct InvalidLease(pub Duration);
+
+impl Lease {
+    /// Checks that `duration` can be a lease; what is finer than a millisecond is cut off.
+    ///
+    /// # Errors
+    /// [`InvalidLease`] outside [`MIN_LEASE`]`..=`[`MAX_LEASE`].
+    pub fn new(duration: Duration) -> Result<Self, InvalidLease> {
+        if (MIN_LEASE..=MAX_LEASE).contains(&duration) {
+            let whole = u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
+            Ok(Self(Duration::from_millis(whole)))
+        } else {
+            Err(InvalidLease(duration))
+        }
+    }
+
+    /// The lease as a duration.
+    #[must_use]
+    pub fn get(self) -> Duration {
+        self.0
+    }
+
+    /// The lease in milliseconds.
+    #[must_use]
+    pub fn as_millis(self) -> u64 {
+        u64::try_from(self.0.as_millis()).unwrap_or(u64::MAX)
+    }
+
+    /// How often a waiter says that it still waits: a third of the lease, at most 10 s.
+    #[must_use]
+    pub fn refresh(self) -> Duration {
+        (self.0 / 3).min(Duration::from_secs(10))
+    }
+
+    /// How long a waiter lives that stops refreshing: three refreshes.
+    #[must_use]
+    pub fn waiter(self) -> Duration {
+        self.refresh() * 3
+    }
+
+    /// How long a grant that was handed over lasts until its holder first renews it.
+    ///
+    /// Two refreshes: longer than one refresh and a round trip, or a lost push would lose the grant.
+    #[must_use]
+    pub fn claim(self) -> Duration {
+        self.refresh() * 2
+    }
+
+    /// What the client takes off its own deadline because two clocks never run at one speed.
+    #[must_use]
+    pub fn drift(self) -> Duration {
+        self.0 / 100 + Duration::from_millis(1)
+    }
+}
+
+impl TryFrom<Duration> for Lease {
+    type Error = InvalidLease;
+
+    fn try_from(duration: Duration) -> Result<Self, InvalidLease> {
+        Self::new(duration)
+    }
+}
+
+/// What everyone who works under a lease shares: its deadline, and the moment it was lost.
+///
+/// A lease is lost once and for ever. It counts as lost as soon as its deadline has passed on the
+/// monotonic clock of this process, whether or not a timer has noticed.
+#[derive(Debug)]
+pub struct LeaseState {
+    deadline: Mutex<Instant>,
+    lost: CancellationToken,
+}
+
+impl LeaseState {
+    /// A lease that lasts until `deadline`.
+    #[must_use]
+    pub fn new(deadline: Instant) -> Self {
+        Self { deadline: Mutex::new(deadline), lost: CancellationToken::new() }
+    }
+
+    /// When the lease ends unless it is renewed.
+    #[must_use]
+    pub fn deadline(&self) -> Instant {
+        *self.deadline.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// Moves the deadline. A lease that is lost stays lost.
+    pub fn extend(&self, deadline: Instant) {
+        if self.is_held() {
+            let mut current =
+                self.deadline.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            *current = deadline.max(*current);
+        }
+    }
+
+    /// Whether the lease is still held. Marks it as lost when its deadline has passed.
+    #[must_use]
+    pub fn is_held(&self) -> bool {
+        if self.lost.is_cancelled() {
+            return false;
+        }
+        if Instant::now() < self.deadline() {
+            return true;
+        }
+        self.lose();
+        false
+    }
+
+    /// Marks the lease as lost.
+    pub fn lose(&self) {
+        self.lost.cancel();
+    }
+
+    /// Resolves when the lease is lost; a child of it is cancelled then.
+    #[must_use]
+    pub fn lost(&self) -> &CancellationToken {
+        &self.lost
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lease_outside_its_range_is_refused_with_the_range() {
+        for bad in [Duration::ZERO, Duration::from_millis(9), MAX_LEASE + Duration::from_millis(1)]
+        {
+            let error = Lease::new(bad).unwrap_err();
+            assert!(error.to_string().contains("between 10 ms and 24 h"), "{error}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_passed_deadline_is_a_loss_even_before_a_timer_sees_it() {
+        let state = LeaseState::new(Instant::now() + Duration::from_secs(1));
+        assert!(state.is_held());
+        tokio::time::advance(Duration::from_secs(2)).await;
+        assert!(!state.is_held());
+        state.extend(Instant::now() + Duration::from_secs(5));
+        assert!(!state.is_held(), "what is lost stays lost");
+    }
+}

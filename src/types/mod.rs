@@ -1,0 +1,11 @@
+//! The words of the library as types: what is locked, by whom, how, until when.
+
+mod id;
+mod key;
+mod lease;
+mod token;
+
+pub use id::{ClientId, OwnerId, RequestId};
+pub use key::{InvalidKey, MAX_KEY_BYTES, MAX_KEYS, Mode, Partition, ResourceKey, Want};
+pub use lease::{InvalidLease, Lease, LeaseState, MAX_LEASE, MIN_LEASE};
+pub use token::{FencingToken, MAX_AHEAD};

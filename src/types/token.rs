@@ -1,0 +1,49 @@
+//! Fencing tokens.
+
+use std::fmt;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+/// How far ahead of the service's clock a token may be before it is refused.
+///
+/// A counter that was overwritten with a huge number would otherwise end the supply of tokens.
+pub const MAX_AHEAD: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// A number that only grows per key, checked by the store before anything is changed.
+///
+/// It is the service's clock in microseconds where that is above every token given out before, so
+/// that it keeps growing when the service loses its memory. Tokens stay below 2^53, because Lua
+/// counts in doubles; at one token per microsecond that lasts until the year 2255.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct FencingToken(u64);
+
+impl FencingToken {
+    /// The first number that is no token any more.
+    pub const LIMIT: u64 = 1 << 53;
+
+    /// The token with this number, if it is in `1..2^53`.
+    #[must_use]
+    pub fn new(number: u64) -> Option<Self> {
+        (1..Self::LIMIT).contains(&number).then_some(Self(number))
+    }
+
+    /// The token as a number.
+    #[must_use]
+    pub fn get(self) -> u64 {
+        self.0
+    }
+}
+
+impl fmt::Debug for FencingToken {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.0)
+    }
+}
+
+impl fmt::Display for FencingToken {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.0)
+    }
+}
