@@ -2,10 +2,16 @@
 //! Transactions over fenced locks.
 
 pub mod backend;
+mod connect;
 mod error;
+mod lock;
 pub mod protocol;
 mod types;
 
+pub use connect::connect;
 pub use error::{Error, ErrorKind, Result, RetryAdvice};
+pub use lock::{
+    LockGuard, LockInfo, LockOptions, LockRequest, Locked, LockedKey, Locks, Statistics,
+};
 pub use protocol::Backoff;
 pub use types::*;

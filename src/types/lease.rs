@@ -1,10 +1,12 @@
 //! How long a grant lasts, and whether it still does.
 
-use std::sync::Mutex;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+
+use super::RequestId;
 
 /// The shortest lease.
 pub const MIN_LEASE: Duration = Duration::from_millis(10);
@@ -81,60 +83,77 @@ impl TryFrom<Duration> for Lease {
     }
 }
 
-/// What everyone who works under a lease shares: its deadline, and the moment it was lost.
+/// What everyone who works under a set of grants shares: their deadlines, and the moment one was lost.
 ///
-/// A lease is lost once and for ever. It counts as lost as soon as its deadline has passed on the
+/// A state is lost once and for ever. It counts as lost as soon as one deadline has passed on the
 /// monotonic clock of this process, whether or not a timer has noticed.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct LeaseState {
-    deadline: Mutex<Instant>,
+    deadlines: Mutex<Vec<(RequestId, Instant)>>,
     lost: CancellationToken,
 }
 
 impl LeaseState {
-    /// A lease that lasts until `deadline`.
+    /// A state that ends at `deadline` and is never extended.
     #[must_use]
     pub fn new(deadline: Instant) -> Self {
-        Self { deadline: Mutex::new(deadline), lost: CancellationToken::new() }
+        let state = Self::default();
+        state.cover(RequestId::next(), deadline);
+        state
     }
 
-    /// When the lease ends unless it is renewed.
-    #[must_use]
-    pub fn deadline(&self) -> Instant {
-        *self.deadline.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    /// Adds a grant that lasts until `deadline`.
+    pub fn cover(&self, request: RequestId, deadline: Instant) {
+        self.deadlines().push((request, deadline));
     }
 
-    /// Moves the deadline. A lease that is lost stays lost.
-    pub fn extend(&self, deadline: Instant) {
-        if self.is_held() {
-            let mut current =
-                self.deadline.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    /// Moves the deadline of a grant that is covered. It never moves back, and what is lost stays lost.
+    pub fn extend(&self, request: RequestId, deadline: Instant) {
+        if self.is_held()
+            && let Some((_, current)) =
+                self.deadlines().iter_mut().find(|(known, _)| *known == request)
+        {
             *current = deadline.max(*current);
         }
     }
 
-    /// Whether the lease is still held. Marks it as lost when its deadline has passed.
+    /// Takes a grant out that was given up.
+    pub fn uncover(&self, request: RequestId) {
+        self.deadlines().retain(|(known, _)| *known != request);
+    }
+
+    /// When the first of the grants ends unless it is renewed; `None` without any.
+    #[must_use]
+    pub fn deadline(&self) -> Option<Instant> {
+        self.deadlines().iter().map(|(_, deadline)| *deadline).min()
+    }
+
+    /// Whether every grant is still held. Marks the state as lost when a deadline has passed.
     #[must_use]
     pub fn is_held(&self) -> bool {
         if self.lost.is_cancelled() {
             return false;
         }
-        if Instant::now() < self.deadline() {
+        if self.deadline().is_none_or(|deadline| Instant::now() < deadline) {
             return true;
         }
         self.lose();
         false
     }
 
-    /// Marks the lease as lost.
+    /// Marks the state as lost.
     pub fn lose(&self) {
         self.lost.cancel();
     }
 
-    /// Resolves when the lease is lost; a child of it is cancelled then.
+    /// Is cancelled when the state is lost.
     #[must_use]
     pub fn lost(&self) -> &CancellationToken {
         &self.lost
+    }
+
+    fn deadlines(&self) -> MutexGuard<'_, Vec<(RequestId, Instant)>> {
+        self.deadlines.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -153,11 +172,22 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_passed_deadline_is_a_loss_even_before_a_timer_sees_it() {
-        let state = LeaseState::new(Instant::now() + Duration::from_secs(1));
+        let (state, request) = (LeaseState::default(), RequestId::next());
+        state.cover(request, Instant::now() + Duration::from_secs(1));
         assert!(state.is_held());
         tokio::time::advance(Duration::from_secs(2)).await;
-        assert!(!state.is_held());
-        state.extend(Instant::now() + Duration::from_secs(5));
+        state.extend(request, Instant::now() + Duration::from_secs(5));
         assert!(!state.is_held(), "what is lost stays lost");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_first_deadline_of_several_counts() {
+        let (state, now) = (LeaseState::default(), Instant::now());
+        let (short, long) = (RequestId::next(), RequestId::next());
+        state.cover(short, now + Duration::from_secs(1));
+        state.cover(long, now + Duration::from_secs(9));
+        assert_eq!(state.deadline(), Some(now + Duration::from_secs(1)));
+        state.uncover(short);
+        assert_eq!(state.deadline(), Some(now + Duration::from_secs(9)));
     }
 }

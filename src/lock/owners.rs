@@ -1,0 +1,182 @@
+//! The client's books: what each owner holds here, and whether a request of it is under way.
+//!
+//! The grant rule needs to know what an owner holds *elsewhere* before it may wait, and only the client
+//! that made the owner can know that.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::protocol::{Admission, admit};
+use crate::types::{ClientId, LeaseState, OwnerId, Partition, RequestId, ResourceKey, Want};
+
+/// How many owners that were fenced out are remembered after their last lock has gone.
+const REMEMBERED: usize = 1024;
+
+#[derive(Debug, Default)]
+pub(super) struct Owners {
+    books: Mutex<Books>,
+}
+
+#[derive(Debug, Default)]
+struct Books {
+    open: HashMap<OwnerId, Book>,
+    fenced_out: VecDeque<OwnerId>,
+}
+
+#[derive(Debug, Default)]
+struct Book {
+    entries: Vec<Entry>,
+    /// A request for new keys is under way: sent, queued, or backing off.
+    asking: bool,
+}
+
+#[derive(Debug)]
+struct Entry {
+    partition: Partition,
+    request: RequestId,
+    wants: Vec<Want>,
+    state: Arc<LeaseState>,
+}
+
+/// What the books say about a request.
+pub(super) enum Entrance {
+    /// What to do; while the ticket lives, no other request of the owner may ask for new keys.
+    Open(Admission, Option<Ticket>),
+    /// A store has rejected this owner. It gets no new grant.
+    FencedOut,
+}
+
+/// Marks an owner as asking until it is dropped.
+pub(super) struct Ticket {
+    owners: Arc<Owners>,
+    owner: OwnerId,
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        let mut books = self.owners.lock();
+        if let Some(book) = books.open.get_mut(&self.owner) {
+            book.asking = false;
+        }
+        books.forget_if_empty(self.owner);
+    }
+}
+
+impl Owners {
+    /// Decides about the `wants` of `owner` in one partition, and marks it as asking if it may go on to
+    /// ask for new keys.
+    pub(super) fn enter(
+        self: &Arc<Self>,
+        client: ClientId,
+        owner: OwnerId,
+        partition: Partition,
+        wants: &[Want],
+    ) -> Entrance {
+        let mut books = self.lock();
+        if books.fenced_out.contains(&owner) {
+            return Entrance::FencedOut;
+        }
+        let book = books.open.get(&owner);
+        let held = book.map(Book::held).unwrap_or_default();
+        let asking = book.is_some_and(|book| book.asking);
+        let admission = admit(partition, wants, &held, asking, owner.is_of(client));
+        let new = wants
+            .iter()
+            .any(|want| !held.iter().any(|(at, have)| *at == partition && have.key == want.key));
+        let asks = matches!(admission, Admission::Ask { .. }) && new;
+        let ticket = asks.then(|| {
+            books.open.entry(owner).or_default().asking = true;
+            Ticket { owners: Arc::clone(self), owner }
+        });
+        Entrance::Open(admission, ticket)
+    }
+
+    /// Books a grant.
+    pub(super) fn hold(
+        &self,
+        owner: OwnerId,
+        partition: Partition,
+        request: RequestId,
+        wants: Vec<Want>,
+        state: Arc<LeaseState>,
+    ) {
+        let mut books = self.lock();
+        if books.fenced_out.contains(&owner) {
+            state.lose();
+        }
+        let entry = Entry { partition, request, wants, state };
+        books.open.entry(owner).or_default().entries.push(entry);
+    }
+
+    /// Strikes a grant out.
+    pub(super) fn release(&self, owner: OwnerId, request: RequestId) {
+        let mut books = self.lock();
+        if let Some(book) = books.open.get_mut(&owner) {
+            book.entries.retain(|entry| entry.request != request);
+        }
+        books.forget_if_empty(owner);
+    }
+
+    /// How often this client entered `key` for `owner`.
+    pub(super) fn count(&self, owner: OwnerId, key: &ResourceKey) -> usize {
+        let books = self.lock();
+        let entries = books.open.get(&owner).map(|book| book.entries.as_slice());
+        let on_key = entries.unwrap_or_default().iter().filter(|entry| entry.covers(key));
+        on_key.count()
+    }
+
+    /// Everything that `owner` holds here, sorted, each key once in its strongest mode.
+    pub(super) fn held(&self, owner: OwnerId) -> Vec<Want> {
+        let books = self.lock();
+        let held = books.open.get(&owner).map(Book::held).unwrap_or_default();
+        held.into_iter().map(|(_, want)| want).collect()
+    }
+
+    /// A store has rejected the owner's token: no new grants, and everything it holds here is lost.
+    /// Its entries at the service are released by their own holders, or lapse.
+    pub(super) fn fence_out(&self, owner: OwnerId) {
+        let mut books = self.lock();
+        if !books.fenced_out.contains(&owner) {
+            books.fenced_out.push_back(owner);
+        }
+        if books.fenced_out.len() > REMEMBERED {
+            books.fenced_out.pop_front();
+        }
+        for entry in books.open.get(&owner).map(|book| book.entries.as_slice()).unwrap_or_default()
+        {
+            entry.state.lose();
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Books> {
+        self.books.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Books {
+    fn forget_if_empty(&mut self, owner: OwnerId) {
+        if self.open.get(&owner).is_some_and(|book| !book.asking && book.entries.is_empty()) {
+            self.open.remove(&owner);
+        }
+    }
+}
+
+impl Book {
+    fn held(&self) -> Vec<(Partition, Want)> {
+        let every = self
+            .entries
+            .iter()
+            .flat_map(|entry| entry.wants.iter().map(move |want| (entry.partition, want.clone())));
+        let mut held: Vec<_> = every.collect();
+        // Strongest mode first among equals, so that it is the one that stays.
+        held.sort_by(|(p, a), (q, b)| (p, &a.key, b.mode).cmp(&(q, &b.key, a.mode)));
+        held.dedup_by(|(q, b), (p, a)| p == q && a.key == b.key);
+        held
+    }
+}
+
+impl Entry {
+    fn covers(&self, key: &ResourceKey) -> bool {
+        self.wants.iter().any(|want| want.key == *key)
+    }
+}

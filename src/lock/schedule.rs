@@ -1,0 +1,251 @@
+//! What the watchdog has to do, and when.
+//!
+//! Holders and waiters enter and leave this table without waking the watchdog, unless they are due
+//! before it means to wake anyway; the common case of a lock that is held for less than a third of its
+//! lease costs two map operations and no wake-up.
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::Notify;
+use tokio::time::Instant;
+
+use crate::protocol::{Grant, Part};
+use crate::types::{OwnerId, RequestId};
+
+use super::hold::Kept;
+use super::wait::Waiting;
+
+#[derive(Debug)]
+pub(super) struct Schedule {
+    table: Mutex<Table>,
+    changed: Notify,
+    emptied: Notify,
+    epoch: Instant,
+}
+
+#[derive(Debug, Default)]
+struct Table {
+    jobs: HashMap<RequestId, (Job, Option<Instant>)>,
+    due: BTreeSet<(Instant, RequestId)>,
+    wakes_at: Option<Instant>,
+    stopping: bool,
+    dead: bool,
+}
+
+/// One thing to keep an eye on. A request has at most one.
+#[derive(Clone, Debug)]
+pub(super) enum Job {
+    /// Renew, or only watch the deadline.
+    Keep(Arc<Kept>),
+    /// Refresh.
+    Wait(Arc<Waiting>),
+    /// Release or cancel in the background, until it works or does not matter any more.
+    Settle(Arc<Settle>),
+}
+
+impl Job {
+    fn kept(&self) -> Option<&Arc<Kept>> {
+        match self {
+            Job::Keep(kept) => Some(kept),
+            Job::Wait(_) | Job::Settle(_) => None,
+        }
+    }
+
+    fn is_like(&self, other: &Job) -> bool {
+        std::mem::discriminant(self) == std::mem::discriminant(other)
+    }
+}
+
+/// A grant or a request to get rid of.
+#[derive(Debug)]
+pub(super) struct Settle {
+    pub(super) part: Part,
+    /// Whether the request may still be on its way or in line; else it is known to be a grant.
+    pub(super) cancel: bool,
+    /// When what is left of it has lapsed by itself.
+    pub(super) until: Instant,
+}
+
+impl Schedule {
+    pub(super) fn new() -> Self {
+        Self {
+            table: Mutex::default(),
+            changed: Notify::new(),
+            emptied: Notify::new(),
+            epoch: Instant::now(),
+        }
+    }
+
+    /// Puts a job in, in the place of what the request had before. Without a time it only listens.
+    pub(super) fn put(&self, request: RequestId, job: Job, due: Option<Instant>) {
+        let mut table = self.lock();
+        table.take(request);
+        table.jobs.insert(request, (job, due));
+        let Some(due) = due else { return };
+        table.due.insert((due, request));
+        let sooner = table.wakes_at.is_none_or(|wakes_at| due < wakes_at);
+        drop(table);
+        if sooner {
+            self.changed.notify_one();
+        }
+    }
+
+    /// Sets the next time of a job that is still there and is still of the same kind.
+    pub(super) fn again(&self, request: RequestId, kind: &Job, due: Instant) {
+        let mut table = self.lock();
+        if let Some((job, at)) = table.jobs.get_mut(&request)
+            && job.is_like(kind)
+        {
+            let old = at.replace(due);
+            if let Some(old) = old {
+                table.due.remove(&(old, request));
+            }
+            table.due.insert((due, request));
+        }
+    }
+
+    /// Takes a job out.
+    pub(super) fn remove(&self, request: RequestId) {
+        let mut table = self.lock();
+        table.take(request);
+        if table.jobs.is_empty() {
+            self.emptied.notify_waiters();
+        }
+    }
+
+    /// Takes a job out if it is still of the same kind, as it was when it was started.
+    pub(super) fn done(&self, request: RequestId, kind: &Job) {
+        let mut table = self.lock();
+        if table.jobs.get(&request).is_some_and(|(job, _)| job.is_like(kind)) {
+            table.take(request);
+        }
+        if table.jobs.is_empty() {
+            self.emptied.notify_waiters();
+        }
+    }
+
+    /// Takes a request out that only listened or waited.
+    pub(super) fn forget_wait(&self, request: RequestId) {
+        let mut table = self.lock();
+        if matches!(table.jobs.get(&request), Some((Job::Wait(_), _))) {
+            table.take(request);
+        }
+        if table.jobs.is_empty() {
+            self.emptied.notify_waiters();
+        }
+    }
+
+    /// Tells a waiter of a grant that was pushed. One that is not waited for here is ignored: it was
+    /// cancelled meanwhile, and the cancel is on its way.
+    pub(super) fn hand_over(&self, owner: OwnerId, grant: Grant) {
+        let waiting = match self.lock().jobs.get(&grant.request) {
+            Some((Job::Wait(waiting), _)) if waiting.part.owner == owner => Arc::clone(waiting),
+            _ => return,
+        };
+        waiting.pushed(grant);
+    }
+
+    /// At most `limit` jobs that are due. They stay in the table, without a time.
+    pub(super) fn take_due(&self, now: Instant, limit: usize) -> Vec<Job> {
+        let mut table = self.lock();
+        let mut taken = Vec::new();
+        while taken.len() < limit
+            && let Some((at, request)) = table.due.first().copied()
+            && at <= now
+        {
+            table.due.pop_first();
+            if let Some((job, due)) = table.jobs.get_mut(&request) {
+                *due = None;
+                taken.push(job.clone());
+            }
+        }
+        taken
+    }
+
+    /// When the next job is due; from now on only earlier ones wake the watchdog.
+    pub(super) fn next_due(&self) -> Option<Instant> {
+        let mut table = self.lock();
+        table.wakes_at = table.due.first().map(|(due, _)| *due);
+        table.wakes_at
+    }
+
+    /// Resolves when something may be due earlier than [`Schedule::next_due`] said.
+    pub(super) async fn changed(&self) {
+        self.changed.notified().await;
+    }
+
+    /// Resolves when there is nothing in the table.
+    pub(super) async fn emptied(&self) {
+        loop {
+            let emptied = self.emptied.notified();
+            if self.lock().jobs.is_empty() {
+                return;
+            }
+            emptied.await;
+        }
+    }
+
+    /// Takes everything away that is held, and settles it in the background. Returns how much it was.
+    pub(super) fn take_away(&self, now: Instant) -> usize {
+        let mut table = self.lock();
+        let kept: Vec<_> = table.jobs.values().filter_map(|(job, _)| job.kept().cloned()).collect();
+        for kept in &kept {
+            let (part, until) = (kept.part.clone(), now + kept.lease.get());
+            let request = part.request;
+            table.take(request);
+            let settle = Job::Settle(Arc::new(Settle { part, cancel: false, until }));
+            table.jobs.insert(request, (settle, Some(now)));
+            table.due.insert((now, request));
+        }
+        drop(table);
+        kept.iter().for_each(|kept| kept.state.lose());
+        self.changed.notify_one();
+        kept.len()
+    }
+
+    /// Nothing new will come: the watchdog ends when it has settled what is there.
+    pub(super) fn stop(&self) {
+        self.lock().stopping = true;
+        self.changed.notify_one();
+    }
+
+    /// Whether the watchdog may end.
+    pub(super) fn is_finished(&self) -> bool {
+        let table = self.lock();
+        table.stopping && table.jobs.is_empty()
+    }
+
+    /// The watchdog has ended; nothing is renewed any more.
+    pub(super) fn die(&self) {
+        self.lock().dead = true;
+        self.emptied.notify_waiters();
+    }
+
+    /// Whether the watchdog still runs.
+    pub(super) fn is_alive(&self) -> bool {
+        !self.lock().dead
+    }
+
+    /// Rounds `at` down to a grid of an eighth of `interval`, so that what is due at about the same
+    /// time is sent in one call.
+    pub(super) fn aligned(&self, at: Instant, interval: Duration) -> Instant {
+        let grid = (interval / 8).as_micros().max(1_000);
+        let since = at.saturating_duration_since(self.epoch).as_micros();
+        let down = u64::try_from(since % grid).unwrap_or(0);
+        at - Duration::from_micros(down)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Table {
+    fn take(&mut self, request: RequestId) {
+        if let Some((_, Some(due))) = self.jobs.remove(&request) {
+            self.due.remove(&(due, request));
+        }
+    }
+}

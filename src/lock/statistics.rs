@@ -1,0 +1,139 @@
+//! What a lock service has done so far, counted.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use crate::error::{Error, ErrorKind};
+
+/// A snapshot of what a [`Locks`](crate::Locks) has done since it was made.
+///
+/// A grant counts once for all the keys it covers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Statistics {
+    /// Grants.
+    pub acquired: u64,
+    /// Requests that ended without a grant, time-outs among them.
+    pub failed: u64,
+    /// Requests that waited until their deadline.
+    pub timed_out: u64,
+    /// Grants that were given up.
+    pub released: u64,
+    /// Renewals that were acknowledged.
+    pub renewed: u64,
+    /// Grants that were lost before they were given up.
+    pub lost: u64,
+    /// Grants that are held now.
+    pub active: u64,
+    /// The mean time from grant to release, of those that were given up.
+    pub mean_hold: Duration,
+}
+
+/// Counts, and tells the `metrics` facade where that feature is on.
+#[derive(Debug, Default)]
+pub(super) struct Counters {
+    acquired: AtomicU64,
+    failed: AtomicU64,
+    timed_out: AtomicU64,
+    released: AtomicU64,
+    renewed: AtomicU64,
+    lost: AtomicU64,
+    ended: AtomicU64,
+    hold_us: AtomicU64,
+}
+
+impl Counters {
+    pub(super) fn snapshot(&self) -> Statistics {
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let released = read(&self.released);
+        Statistics {
+            acquired: read(&self.acquired),
+            failed: read(&self.failed),
+            timed_out: read(&self.timed_out),
+            released,
+            renewed: read(&self.renewed),
+            lost: read(&self.lost),
+            active: read(&self.acquired).saturating_sub(read(&self.ended)),
+            mean_hold: Duration::from_micros(read(&self.hold_us) / released.max(1)),
+        }
+    }
+
+    pub(super) fn acquired(&self, waited: Duration) {
+        self.acquired.fetch_add(1, Ordering::Relaxed);
+        observe::acquired(waited);
+    }
+
+    pub(super) fn failed(&self, error: &Error) {
+        self.failed.fetch_add(1, Ordering::Relaxed);
+        if error.kind() == ErrorKind::TimedOut {
+            self.timed_out.fetch_add(1, Ordering::Relaxed);
+        }
+        observe::failed(error.kind());
+    }
+
+    /// A grant was given up by its holder, in time or not.
+    pub(super) fn released(&self, held_for: Duration) {
+        self.released.fetch_add(1, Ordering::Relaxed);
+        self.ended.fetch_add(1, Ordering::Relaxed);
+        let micros = u64::try_from(held_for.as_micros()).unwrap_or(u64::MAX);
+        self.hold_us.fetch_add(micros, Ordering::Relaxed);
+        observe::released(held_for);
+    }
+
+    pub(super) fn renewed(&self) {
+        self.renewed.fetch_add(1, Ordering::Relaxed);
+        observe::renewed();
+    }
+
+    pub(super) fn lost(&self) {
+        self.lost.fetch_add(1, Ordering::Relaxed);
+        observe::lost();
+    }
+}
+
+/// The names are in `src/docs/metrics.md`. Labels are bounded: never a key.
+#[cfg(feature = "metrics")]
+mod observe {
+    use std::time::Duration;
+
+    use metrics::{counter, gauge, histogram};
+
+    use crate::error::ErrorKind;
+
+    pub(super) fn acquired(waited: Duration) {
+        counter!("palisade_lock_acquired_total").increment(1);
+        gauge!("palisade_locks_active").increment(1);
+        histogram!("palisade_lock_wait_seconds").record(waited);
+    }
+
+    pub(super) fn failed(kind: ErrorKind) {
+        counter!("palisade_lock_failed_total", "kind" => format!("{kind:?}")).increment(1);
+    }
+
+    pub(super) fn released(held_for: Duration) {
+        counter!("palisade_lock_released_total").increment(1);
+        gauge!("palisade_locks_active").decrement(1);
+        histogram!("palisade_lock_hold_seconds").record(held_for);
+    }
+
+    pub(super) fn renewed() {
+        counter!("palisade_lock_renewed_total").increment(1);
+    }
+
+    pub(super) fn lost() {
+        counter!("palisade_lock_lost_total").increment(1);
+    }
+}
+
+#[cfg(not(feature = "metrics"))]
+mod observe {
+    use std::time::Duration;
+
+    use crate::error::ErrorKind;
+
+    pub(super) fn acquired(_waited: Duration) {}
+    pub(super) fn failed(_kind: ErrorKind) {}
+    pub(super) fn released(_held_for: Duration) {}
+    pub(super) fn renewed() {}
+    pub(super) fn lost() {}
+}

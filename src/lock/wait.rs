@@ -1,0 +1,89 @@
+//! A request that stands in line, as its own client sees it.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use tokio::sync::Notify;
+use tokio::time::Instant;
+
+use crate::protocol::{Grant, Part};
+use crate::types::Lease;
+
+/// Shared by the task that waits, the watchdog that refreshes, and the sink of pushes.
+#[derive(Debug)]
+pub(super) struct Waiting {
+    pub(super) part: Part,
+    pub(super) lease: Lease,
+    state: Mutex<State>,
+    changed: Notify,
+}
+
+#[derive(Debug)]
+struct State {
+    /// When the last call was *sent* that was answered `Queued`: a grant cannot be older.
+    queued: Instant,
+    outcome: Option<Turn>,
+}
+
+/// How standing in line ended.
+#[derive(Clone, Debug)]
+pub(super) enum Turn {
+    /// The grant, and until when it lasts at least. One that was pushed has yet to be confirmed.
+    Granted { grant: Grant, deadline: Instant, confirmed: bool },
+    /// The service does not know the request any more.
+    Forgotten,
+}
+
+impl Waiting {
+    pub(super) fn new(part: Part, lease: Lease, sent: Instant) -> Self {
+        let state = Mutex::new(State { queued: sent, outcome: None });
+        Self { part, lease, state, changed: Notify::new() }
+    }
+
+    /// A call sent at `sent` was answered `Queued`.
+    pub(super) fn queued(&self, sent: Instant) {
+        let mut state = self.lock();
+        state.queued = state.queued.max(sent);
+    }
+
+    /// A grant was pushed. It lasts for the claim time, counted from when it can have been made at the
+    /// earliest.
+    pub(super) fn pushed(&self, grant: Grant) {
+        let deadline = self.lock().queued + self.lease.claim() - self.lease.drift();
+        self.end(Turn::Granted { grant, deadline, confirmed: false });
+    }
+
+    /// A refresh sent at `sent` was answered with the grant.
+    pub(super) fn granted(&self, grant: Grant, sent: Instant) {
+        let deadline = sent + self.lease.get() - self.lease.drift();
+        self.end(Turn::Granted { grant, deadline, confirmed: true });
+    }
+
+    pub(super) fn forgotten(&self) {
+        self.end(Turn::Forgotten);
+    }
+
+    /// Waits for the end. Dropping the future loses nothing.
+    pub(super) async fn turn(&self) -> Turn {
+        loop {
+            if let Some(turn) = self.lock().outcome.clone() {
+                return turn;
+            }
+            self.changed.notified().await;
+        }
+    }
+
+    /// The first end stands, but a confirmation improves a pushed grant that nobody has taken yet.
+    fn end(&self, turn: Turn) {
+        let mut state = self.lock();
+        let confirms = matches!(turn, Turn::Granted { confirmed: true, .. });
+        if state.outcome.is_none() || confirms {
+            state.outcome = Some(turn);
+        }
+        drop(state);
+        self.changed.notify_one();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

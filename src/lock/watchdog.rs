@@ -1,0 +1,264 @@
+//! The one task of a lock service: it renews, refreshes, and settles what was dropped.
+//!
+//! Leases that are due together are renewed in one call per partition; calls run side by side, each
+//! with a time-out of its own, so that a slow partition delays nobody else. Whoever has already failed
+//! once is sent apart from the healthy, because its time-out is shorter.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
+use tokio::time::Instant;
+
+use crate::backend::LockBackend;
+use crate::error::{Error, ErrorKind, Result};
+use crate::protocol::{Renewal, Renewals, Renewed};
+use crate::types::Partition;
+
+use super::hold::Kept;
+use super::schedule::{Job, Schedule, Settle};
+use super::statistics::Counters;
+use super::wait::Waiting;
+
+/// The most requests in one renewal call, and the most keys.
+const BATCH: usize = 100;
+const BATCH_KEYS: usize = 1_000;
+/// The most calls under way at once.
+const FLIGHTS: usize = 64;
+/// How long a failed background release waits for its next attempt.
+const SETTLE_AGAIN: Duration = Duration::from_millis(200);
+
+pub(super) struct Watchdog {
+    pub(super) schedule: Arc<Schedule>,
+    pub(super) backend: Arc<dyn LockBackend>,
+    pub(super) counters: Arc<Counters>,
+    pub(super) call_timeout: Duration,
+}
+
+/// Marks the schedule as dead however the task ends, so that nobody trusts in renewals.
+struct Alive(Arc<Schedule>);
+
+impl Drop for Alive {
+    fn drop(&mut self) {
+        self.0.die();
+    }
+}
+
+impl Watchdog {
+    /// Runs until the schedule is stopped and empty.
+    pub(super) async fn run(self) {
+        let _alive = Alive(Arc::clone(&self.schedule));
+        let mut flights = FuturesUnordered::new();
+        while !self.schedule.is_finished() {
+            let free = FLIGHTS.saturating_sub(flights.len());
+            if free > 0 {
+                let due = self.schedule.take_due(Instant::now(), free * BATCH);
+                for batch in self.batches(due) {
+                    flights.push(self.fly(batch));
+                }
+            }
+            let next = if flights.len() < FLIGHTS { self.schedule.next_due() } else { None };
+            tokio::select! {
+                () = self.schedule.changed() => {}
+                () = sleep_until(next) => {}
+                Some(()) = flights.next(), if !flights.is_empty() => {}
+            }
+        }
+    }
+
+    /// Sorts jobs into calls, and drops those whose lease is over.
+    fn batches(&self, due: Vec<Job>) -> Vec<Batch> {
+        let now = Instant::now();
+        let mut batches = Vec::new();
+        let mut open: BTreeMap<(Partition, bool), Vec<(Job, Renewal)>> = BTreeMap::new();
+        for job in due {
+            let (partition, endangered) = match &job {
+                Job::Settle(settle) => {
+                    batches.push(Batch::Settle(Arc::clone(settle)));
+                    continue;
+                }
+                Job::Keep(kept) => match self.plan(kept, now) {
+                    Some(endangered) => (kept.part.partition, endangered),
+                    None => continue,
+                },
+                Job::Wait(waiting) => (waiting.part.partition, false),
+            };
+            let Some(renewal) = job.renewal() else { continue };
+            let batch = open.entry((partition, endangered)).or_default();
+            batch.push((job, renewal));
+            let keys: usize = batch.iter().map(|(_, renewal)| renewal.part.wants.len()).sum();
+            if batch.len() >= BATCH || keys >= BATCH_KEYS {
+                batches.push(Batch::Renew(partition, std::mem::take(batch)));
+            }
+        }
+        let rest = open.into_iter().filter(|(_, jobs)| !jobs.is_empty());
+        batches.extend(rest.map(|((partition, _), jobs)| Batch::Renew(partition, jobs)));
+        batches
+    }
+
+    /// Whether a grant is renewed now, and whether it is in danger.
+    fn plan(&self, kept: &Arc<Kept>, now: Instant) -> Option<bool> {
+        let request = kept.part.request;
+        let job = Job::Keep(Arc::clone(kept));
+        if !kept.state.is_held() {
+            self.lose(kept);
+            return None;
+        }
+        let deadline = kept.state.deadline().unwrap_or(now);
+        let confirmed = kept.confirmed.is_cancelled();
+        if confirmed && (!kept.renews || now >= kept.last) {
+            self.schedule.again(request, &job, deadline);
+            return None;
+        }
+        let remaining = deadline - now;
+        Some(remaining < kept.lease.get() / 2)
+    }
+
+    async fn fly(&self, batch: Batch) {
+        match batch {
+            Batch::Renew(partition, jobs) => self.renew(partition, jobs).await,
+            Batch::Settle(settle) => self.settle(&settle).await,
+        }
+    }
+
+    async fn renew(&self, partition: Partition, jobs: Vec<(Job, Renewal)>) {
+        let sent = Instant::now();
+        let (jobs, renewals): (Vec<Job>, Vec<Renewal>) = jobs.into_iter().unzip();
+        let limit = jobs.iter().filter_map(|job| job.attempt(sent)).min();
+        let limit = limit.unwrap_or(self.call_timeout).min(self.call_timeout);
+        let call = self.backend.renew(partition, &renewals);
+        let answer = match tokio::time::timeout(limit, call).await {
+            Ok(Ok(answers)) if answers.len() == jobs.len() => Ok(answers),
+            Ok(Ok(_)) => Err("the lock service left renewals unanswered".to_owned()),
+            Ok(Err(error)) => Err(error.to_string()),
+            Err(_) => Err(format!("no answer within {limit:?}")),
+        };
+        match answer {
+            Ok(answers) => {
+                for (job, renewed) in jobs.iter().zip(answers) {
+                    self.apply(job, renewed, sent);
+                }
+            }
+            Err(reason) => {
+                tracing::warn!(%partition, leases = jobs.len(), reason, "renewal failed");
+                jobs.iter().for_each(|job| self.retry(job));
+            }
+        }
+    }
+
+    fn apply(&self, job: &Job, renewed: Renewed, sent: Instant) {
+        match (job, renewed) {
+            (Job::Keep(kept), Renewed::Held(_)) => {
+                let lease = kept.lease;
+                kept.state.extend(kept.part.request, sent + lease.get() - lease.drift());
+                kept.confirmed.cancel();
+                self.counters.renewed();
+                let interval = Renewals::new(lease).after_success();
+                let due = self.schedule.aligned(sent + interval, interval);
+                let due = if kept.renews { due } else { sent + lease.get() };
+                self.schedule.again(kept.part.request, job, due);
+            }
+            (Job::Keep(kept), _) => self.lose(kept),
+            (Job::Wait(waiting), Renewed::Held(Some(grant))) => waiting.granted(grant, sent),
+            (Job::Wait(waiting), Renewed::Queued { ask_again_in }) => {
+                waiting.queued(sent);
+                self.refresh_in(waiting, ask_again_in);
+            }
+            (Job::Wait(waiting), _) => waiting.forgotten(),
+            (Job::Settle(_), _) => {}
+        }
+    }
+
+    /// The call failed: whatever became of it, sending it again is harmless.
+    fn retry(&self, job: &Job) {
+        let now = Instant::now();
+        match job {
+            Job::Keep(kept) => {
+                let deadline = kept.state.deadline().unwrap_or(now);
+                let wait = Renewals::new(kept.lease).after_failure(deadline - now);
+                self.schedule.again(kept.part.request, job, (now + wait).min(deadline));
+            }
+            Job::Wait(waiting) => self.refresh_in(waiting, waiting.lease.refresh() / 4),
+            Job::Settle(_) => {}
+        }
+    }
+
+    fn refresh_in(&self, waiting: &Arc<Waiting>, wait: Duration) {
+        let refresh = waiting.lease.refresh();
+        let at = Instant::now() + wait.min(refresh);
+        let at = if wait < refresh { at } else { self.schedule.aligned(at, refresh) };
+        self.schedule.again(waiting.part.request, &Job::Wait(Arc::clone(waiting)), at);
+    }
+
+    /// Tells everyone who works under a grant that it is over.
+    fn lose(&self, kept: &Arc<Kept>) {
+        let part = &kept.part;
+        self.schedule.done(part.request, &Job::Keep(Arc::clone(kept)));
+        kept.state.lose();
+        self.counters.lost();
+        tracing::warn!(owner = %part.owner, keys = ?part.wants, "lease lost");
+    }
+
+    async fn settle(&self, settle: &Arc<Settle>) {
+        let job = Job::Settle(Arc::clone(settle));
+        let answer = tokio::time::timeout(self.call_timeout, self.settle_once(settle)).await;
+        let failed = match answer {
+            Ok(Ok(())) => None,
+            Ok(Err(error)) => Some(error),
+            Err(_) => Some(Error::new(ErrorKind::Unavailable, "release", "no answer")),
+        };
+        let now = Instant::now();
+        match failed {
+            Some(error) if now < settle.until => {
+                tracing::debug!(%error, "background release failed; it is tried again");
+                self.schedule.again(settle.part.request, &job, now + SETTLE_AGAIN);
+            }
+            Some(error) => {
+                tracing::warn!(%error, owner = %settle.part.owner, "release left to expire");
+                self.schedule.done(settle.part.request, &job);
+            }
+            None => self.schedule.done(settle.part.request, &job),
+        }
+    }
+
+    async fn settle_once(&self, settle: &Settle) -> Result<()> {
+        if settle.cancel {
+            self.backend.cancel(&settle.part).await
+        } else {
+            self.backend.release(&settle.part).await.map(|_| ())
+        }
+    }
+}
+
+enum Batch {
+    Renew(Partition, Vec<(Job, Renewal)>),
+    Settle(Arc<Settle>),
+}
+
+impl Job {
+    /// What is sent for it; nothing for what is only to be settled.
+    fn renewal(&self) -> Option<Renewal> {
+        let (part, lease, waiting) = match self {
+            Job::Keep(kept) => (&kept.part, kept.lease, false),
+            Job::Wait(waiting) => (&waiting.part, waiting.lease, true),
+            Job::Settle(_) => return None,
+        };
+        Some(Renewal { part: part.clone(), lease, waiting })
+    }
+
+    /// How long the call may take so that another attempt fits into the lease.
+    fn attempt(&self, now: Instant) -> Option<Duration> {
+        let Job::Keep(kept) = self else { return None };
+        let remaining = kept.state.deadline()?.saturating_duration_since(now);
+        Some(Renewals::new(kept.lease).attempt(remaining))
+    }
+}
+
+async fn sleep_until(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
+    }
+}
