@@ -6,6 +6,8 @@ mod connect;
 mod error;
 mod lock;
 pub mod protocol;
+pub mod store;
+mod transaction;
 mod types;
 
 pub use connect::connect;
@@ -14,4 +16,8 @@ pub use lock::{
     LockGuard, LockInfo, LockOptions, LockRequest, Locked, LockedKey, Locks, Statistics,
 };
 pub use protocol::Backoff;
+pub use transaction::{
+    Coordinator, CoordinatorBuilder, Fallback, Handler, Nested, Outage, Transaction,
+    TransactionRequest, Tx,
+};
 pub use types::*;

@@ -3,6 +3,7 @@
 //! A set is asked for partition by partition, in order; each part is held as a whole or not at all, and
 //! when a later part fails, the earlier ones are given up again.
 
+use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -23,7 +24,6 @@ use super::schedule::{Job, Schedule};
 use super::statistics::Counters;
 use super::wait::{Turn, Waiting};
 
-#[derive(Debug)]
 pub(super) struct Service {
     pub(super) backend: Arc<dyn LockBackend>,
     pub(super) client: ClientId,
@@ -32,6 +32,13 @@ pub(super) struct Service {
     pub(super) schedule: Arc<Schedule>,
     pub(super) counters: Arc<Counters>,
     pub(super) closing: CancellationToken,
+}
+
+impl fmt::Debug for Service {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { backend, client, .. } = self;
+        f.debug_struct("Service").field("backend", backend).field("client", client).finish()
+    }
 }
 
 impl Drop for Service {
@@ -73,8 +80,9 @@ impl Service {
     pub(super) async fn acquire(self: &Arc<Self>, order: &Order) -> Result<Vec<Hold>> {
         let started = Instant::now();
         let answer = tokio::select! {
-            answer = self.acquire_parts(order) => answer,
+            biased;
             () = self.closing.cancelled() => Err(closed()),
+            answer = self.acquire_parts(order) => answer,
         };
         match &answer {
             Ok(_) => self.counters.acquired(started.elapsed()),
