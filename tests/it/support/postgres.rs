@@ -14,7 +14,7 @@ use super::process::{self, Process, find_program, is_root, poll, run};
 /// Nothing is forced to the disk: the tests kill processes, never the machine, and what a process
 /// has handed to the kernel outlives it. `synchronous_commit` stays on, so an acknowledged commit
 /// has been handed over.
-const SETTINGS: [&str; 11] = [
+const SETTINGS: [&str; 12] = [
     "listen_addresses=127.0.0.1",
     "fsync=off",
     "full_page_writes=off",
@@ -24,6 +24,7 @@ const SETTINGS: [&str; 11] = [
     "autovacuum=off",
     "wal_level=minimal",
     "max_wal_senders=0",
+    "max_wal_size=128MB",
     // Its default leaves a segment in memory for ever when the server is killed.
     "dynamic_shared_memory_type=mmap",
     "log_min_messages=warning",
