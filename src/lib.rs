@@ -10,7 +10,7 @@ pub mod store;
 mod transaction;
 mod types;
 
-pub use connect::connect;
+pub use connect::{connect, connect_with};
 pub use error::{Error, ErrorKind, Result, RetryAdvice};
 pub use lock::{
     LockGuard, LockInfo, LockOptions, LockRequest, Locked, LockedKey, Locks, Statistics,
