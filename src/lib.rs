@@ -43,6 +43,8 @@ mod connect;
 mod error;
 mod lock;
 pub mod protocol;
+#[cfg(any(feature = "sqlite", feature = "postgres"))]
+mod sql;
 pub mod store;
 mod transaction;
 mod types;
@@ -53,6 +55,8 @@ pub use lock::{
     LockGuard, LockInfo, LockOptions, LockRequest, Locked, LockedKey, Locks, Statistics,
 };
 pub use protocol::Backoff;
+#[cfg(any(feature = "sqlite", feature = "postgres"))]
+pub use store::{Branch, SqlDatabase, SqlStore};
 pub use transaction::{
     Coordinator, CoordinatorBuilder, Fallback, Handler, Nested, Outage, Transaction,
     TransactionRequest, Tx,
