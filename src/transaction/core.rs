@@ -299,7 +299,7 @@ impl Tx {
 #[cfg(any(feature = "sqlite", feature = "postgres"))]
 mod sql {
     use super::{Error, ErrorKind, Result, Tx};
-    use crate::store::{Branch, BranchCore, SqlDatabase, SqlStore};
+    use crate::store::{Branch, SqlDatabase, SqlStore};
 
     impl Tx {
         /// The branch of this transaction in `store`, opened behind its fence when asked for first.
@@ -343,13 +343,10 @@ mod sql {
         ) -> Result<Branch<'_, DB>> {
             let name = crate::store::Store::name(store);
             let branch = self.core.open(name, read_only).await?;
-            match branch.as_any().downcast::<BranchCore<DB>>() {
-                Ok(branch) => Ok(Branch::new(branch)),
-                Err(_) => {
-                    let detail = format!("store {name:?} is a database of another kind");
-                    Err(Error::new(ErrorKind::Misuse, "enlist", detail))
-                }
-            }
+            Branch::of(branch).ok_or_else(|| {
+                let detail = format!("store {name:?} is a database of another kind");
+                Error::new(ErrorKind::Misuse, "enlist", detail)
+            })
         }
     }
 }
