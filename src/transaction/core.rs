@@ -249,8 +249,8 @@ impl Core {
     }
 }
 
-/// A transaction, as its work sees it: what it holds, and its branches. It neither commits nor rolls
-/// back; [`Transaction`] or [`run`](super::Coordinator::run) do.
+/// A transaction, as its work sees it: what it holds, and its branches. It neither commits nor
+/// rolls back; [`Transaction`] or [`run`](super::Coordinator::run) do.
 #[derive(Debug)]
 pub struct Tx {
     pub(super) core: Arc<Core>,
@@ -308,9 +308,10 @@ mod sql {
         ///
         /// # Errors
         /// - [`StaleToken`](ErrorKind::StaleToken): the store has seen a newer holder of a key.
-        /// - [`Misuse`](ErrorKind::Misuse): the store is unknown to the coordinator, a second store, or
-        ///   no key is held exclusively.
-        /// - [`Conflict`](ErrorKind::Conflict): another branch had the rows until the wait was over.
+        /// - [`Misuse`](ErrorKind::Misuse): the store is unknown to the coordinator, a second
+        ///   store, or no key is held exclusively.
+        /// - [`Conflict`](ErrorKind::Conflict): another branch had the rows until the wait was
+        ///   over.
         /// - [`LeaseLost`](ErrorKind::LeaseLost), [`Degraded`](ErrorKind::Degraded),
         ///   [`NotMigrated`](ErrorKind::NotMigrated), [`Unavailable`](ErrorKind::Unavailable),
         ///   [`Store`](ErrorKind::Store).
@@ -351,8 +352,8 @@ mod sql {
     }
 }
 
-/// A transaction that has begun. Dropped without [`commit`](Transaction::commit), it rolls back in the
-/// background.
+/// A transaction that has begun. Dropped without [`commit`](Transaction::commit), it rolls back in
+/// the background.
 #[derive(Debug)]
 #[must_use = "a transaction that is dropped rolls back"]
 pub struct Transaction {
@@ -372,12 +373,12 @@ impl Transaction {
     ///
     /// `Ok` means that everything is durable. Every error but one means that nothing is there:
     /// [`LeaseLost`](ErrorKind::LeaseLost), [`Aborted`](ErrorKind::Aborted),
-    /// [`Conflict`](ErrorKind::Conflict), [`Store`](ErrorKind::Store) and so on name the cause of the
-    /// rollback.
+    /// [`Conflict`](ErrorKind::Conflict), [`Store`](ErrorKind::Store) and so on name the cause of
+    /// the rollback.
     ///
     /// # Errors
-    /// [`InDoubt`](ErrorKind::InDoubt) is the exception: whether the commit happened is not known, and
-    /// [`Error::transaction`] names the attempt.
+    /// [`InDoubt`](ErrorKind::InDoubt) is the exception: whether the commit happened is not known,
+    /// and [`Error::transaction`] names the attempt.
     ///
     /// # Cancel safety
     /// The commit goes on in the background, and its outcome is logged.
@@ -388,8 +389,8 @@ impl Transaction {
     /// Rolls back, and gives up the locks.
     ///
     /// # Errors
-    /// [`Unavailable`](ErrorKind::Unavailable) or [`InDoubt`](ErrorKind::InDoubt) when the store did not
-    /// acknowledge; its connection was closed then.
+    /// [`Unavailable`](ErrorKind::Unavailable) or [`InDoubt`](ErrorKind::InDoubt) when the store
+    /// did not acknowledge; its connection was closed then.
     ///
     /// # Cancel safety
     /// The rollback goes on in the background.

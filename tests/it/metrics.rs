@@ -33,8 +33,7 @@ fn every_metric_is_documented_and_every_documented_one_is_reported() {
 async fn use_everything() {
     let backend = std::sync::Arc::new(MemoryBackend::new());
     let options = LockOptions::default();
-    let locks =
-        Locks::with_options(std::sync::Arc::clone(&backend) as _, options).await.unwrap();
+    let locks = Locks::with_options(std::sync::Arc::clone(&backend) as _, options).await.unwrap();
     let coordinator = Coordinator::builder(locks.clone()).build();
     coordinator.transaction(["a"]).begin().await.unwrap().commit().await.unwrap();
 
