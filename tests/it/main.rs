@@ -9,6 +9,10 @@ mod locks;
 #[cfg(feature = "metrics")]
 mod metrics;
 mod servers;
+#[cfg(any(feature = "sqlite", feature = "postgres"))]
+mod store_fences;
+#[cfg(feature = "sqlite")]
+mod store_sqlite;
 mod support;
 #[cfg(feature = "sqlite")]
 mod transactions;
