@@ -8,6 +8,10 @@ mod cancel;
 mod locks;
 #[cfg(feature = "metrics")]
 mod metrics;
+#[cfg(feature = "redis")]
+mod redis_asks;
+#[cfg(feature = "redis")]
+mod redis_locks;
 mod servers;
 #[cfg(any(feature = "sqlite", feature = "postgres"))]
 mod store_fences;
