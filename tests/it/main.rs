@@ -8,6 +8,8 @@ mod cancel;
 mod locks;
 #[cfg(feature = "metrics")]
 mod metrics;
+#[cfg(all(feature = "redis", feature = "postgres"))]
+mod processes;
 #[cfg(feature = "redis")]
 mod redis_asks;
 #[cfg(feature = "redis")]

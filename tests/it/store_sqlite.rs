@@ -70,10 +70,8 @@ impl Bench {
                 .await
                 .unwrap();
             assert_eq!(busy, 3_000);
-            let query_only: i64 = sqlx::query_scalar("PRAGMA query_only")
-                .fetch_one(&mut **connection)
-                .await
-                .unwrap();
+            let query_only: i64 =
+                sqlx::query_scalar("PRAGMA query_only").fetch_one(&mut **connection).await.unwrap();
             assert_eq!(query_only, 0);
         }
     }
@@ -173,9 +171,8 @@ async fn a_branch_needs_a_key_and_to_write_an_exclusive_one() {
 async fn keys_of_any_script_are_fenced_as_they_are() {
     let b = Bench::new().await;
     let odd = ["a\"b\\c", "{x}", "ключ", "two words", "line\nbreak", "'; DROP TABLE account; --"];
-    let all = |token| {
-        fence(odd.iter().map(|key| held(key, Mode::Exclusive, token)).collect::<Vec<_>>())
-    };
+    let all =
+        |token| fence(odd.iter().map(|key| held(key, Mode::Exclusive, token)).collect::<Vec<_>>());
     commit(&b.open(&all(7)).await).await;
     let mut seen: Vec<String> = sqlx::query_scalar("SELECT resource FROM palisade_fence")
         .fetch_all(b.store.pool())
@@ -588,7 +585,8 @@ async fn a_commit_that_was_cancelled_is_in_doubt_ever_after() {
 
 #[tokio::test]
 async fn a_cancelled_branch_does_not_lose_a_database_in_memory() {
-    let pool = SqlitePoolOptions::new().max_connections(1).connect("sqlite::memory:").await.unwrap();
+    let pool =
+        SqlitePoolOptions::new().max_connections(1).connect("sqlite::memory:").await.unwrap();
     let store = SqlStore::new("memory", pool);
     store.migrate().await.unwrap();
     for n in 0..20 {
