@@ -1,4 +1,18 @@
 #![forbid(unsafe_code)]
+#![warn(missing_docs)]
+#![warn(
+    clippy::as_conversions,
+    clippy::dbg_macro,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    clippy::print_stderr,
+    clippy::print_stdout,
+    clippy::todo,
+    clippy::unimplemented,
+    clippy::unreachable,
+    clippy::unwrap_used
+)]
 //! Transactions over fenced locks: lock what you change, check the token in the store, commit once.
 //!
 //! ```

@@ -354,6 +354,18 @@ mod sql {
 
 /// A transaction that has begun. Dropped without [`commit`](Transaction::commit), it rolls back in
 /// the background.
+///
+/// A branch borrows its transaction, so a statement after the end does not compile:
+///
+/// ```compile_fail,E0505
+/// # use palisade::{Coordinator, Error, SqlStore};
+/// # async fn late(coordinator: Coordinator, bank: SqlStore<sqlx::Sqlite>) -> Result<(), Error> {
+/// let tx = coordinator.transaction(["account:alice"]).begin().await?;
+/// let db = tx.enlist(&bank).await?;
+/// tx.commit().await?;
+/// sqlx::query("DELETE FROM account").execute(&db).await?;
+/// # Ok(()) }
+/// ```
 #[derive(Debug)]
 #[must_use = "a transaction that is dropped rolls back"]
 pub struct Transaction {
