@@ -7,6 +7,7 @@
 mod cancel;
 mod locks;
 mod redis_asks;
+mod redis_differential;
 mod redis_locks;
 mod servers;
 mod support;
