@@ -19,6 +19,7 @@ mod processes;
 #[cfg(feature = "redis")]
 mod redis_asks;
 #[cfg(feature = "redis")]
+mod redis_differential;
 mod redis_locks;
 mod servers;
 #[cfg(any(feature = "sqlite", feature = "postgres"))]

@@ -63,7 +63,11 @@ pub struct Client {
 
 impl Client {
     pub async fn of(backend: &dyn LockBackend) -> Self {
-        let client = Self { id: ClientId::random(), pushed: Arc::default() };
+        Self::with_id(backend, ClientId::random()).await
+    }
+
+    pub async fn with_id(backend: &dyn LockBackend, id: ClientId) -> Self {
+        let client = Self { id, pushed: Arc::default() };
         let pushed = Arc::clone(&client.pushed);
         let sink = Arc::new(move |over| pushed.lock().unwrap().push(over));
         backend.subscribe(client.id, sink).await.unwrap();

@@ -213,7 +213,8 @@ impl Link {
         let retired = CancellationToken::new();
         let mut connection =
             greeting::open(&self.client, &self.subscribers, retired.clone()).await?;
-        let peer = greeting::greet(&mut connection, self.partitions, turn.previous.as_ref()).await?;
+        let peer =
+            greeting::greet(&mut connection, self.partitions, turn.previous.as_ref()).await?;
         turn.previous = peer;
         let channels = self.subscribers.channels();
         if !channels.is_empty() {

@@ -90,9 +90,8 @@ pub(super) fn inspection(value: &Value) -> Result<Inspection> {
 fn read_inspection(value: &Value) -> Option<Inspection> {
     let [now, holders, waiters] = array(value)? else { return None };
     let now_us = number(now)?;
-    let left = |deadline: &Value| {
-        Some(Duration::from_micros(number(deadline)?.saturating_sub(now_us)))
-    };
+    let left =
+        |deadline: &Value| Some(Duration::from_micros(number(deadline)?.saturating_sub(now_us)));
     let holder = |value: &Value| {
         let [id, mode, of, deadline, place, metadata] = array(value)? else { return None };
         let (owner, request) = parse_id(text(id)?)?;

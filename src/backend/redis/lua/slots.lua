@@ -227,25 +227,41 @@ local function earlier(s, owner, m, me)
   return false
 end
 
--- Makes an owner a holder in one more way. The caller has seen that the key is not taken.
+-- A second owner comes to share the key.
+local function widen(s)
+  call('DEL', s.h, s.d)
+  s.many, s.owners, s.cache, s.changed = true, 0, {}, true
+  for _, e in ipairs(s.list) do
+    call('ZADD', s.d, text(e.n), s.owner .. e.r)
+    s.need = math.max(s.need, e.n)
+    e.n = s.token
+  end
+  store(s, s.owner, s.token, s.list)
+  s.list = {}
+end
+
+-- Of several owners, this one is left, or nobody.
+local function narrow(s, owner)
+  local token, list = own(s, owner)
+  for _, e in ipairs(list or {}) do e.n = tonumber(call('ZSCORE', s.d, owner .. e.r) or now) end
+  call('DEL', s.h, s.d)
+  s.many, s.owner, s.token, s.list, s.changed = nil, owner, token, list or {}, true
+end
+
+-- Makes an owner a holder in one more way. The caller has seen that the key is not taken, so an
+-- exclusive entry has no other owner beside it, and a key of several owners has shared entries only.
 local function add(s, owner, r, m, deadline, token)
-  if s.many and s.owners == 0 then s.many, s.list, s.changed = nil, {}, true end
-  if not s.many and #s.list > 0 and s.owner ~= owner then
-    call('DEL', s.h, s.d)
-    s.many, s.owners, s.cache, s.changed = true, 0, {}, true
-    for _, e in ipairs(s.list) do
-      call('ZADD', s.d, text(e.n), s.owner .. e.r)
-      s.need = math.max(s.need, e.n)
-      e.n = s.token
-    end
-    store(s, s.owner, s.token, s.list)
-    s.list = {}
+  if s.many then
+    if s.owners == 0 or lower(m) == 'x' then narrow(s, owner) end
+  elseif #s.list > 0 and s.owner ~= owner then
+    widen(s)
   end
   s.need = math.max(s.need, deadline)
   if s.many then
-    local _, list = own(s, owner)
+    local had, list = own(s, owner)
     list = list or {}
-    list[#list + 1] = {m = m, r = r, n = now}
+    -- Its place among the entries: after all tokens that were given out before.
+    list[#list + 1] = {m = m, r = r, n = had and math.max(now, (count or 0) + 1) or token}
     store(s, owner, token, list)
     call('ZADD', s.d, text(deadline), owner .. r)
   else
