@@ -40,14 +40,16 @@ pub struct Branch<'t, DB: SqlDatabase> {
 }
 
 impl<'t, DB: SqlDatabase> Branch<'t, DB> {
-    /// The typed handle of `branch`, if it is a branch in a database of this type.
+    /// The typed handle of a branch that was opened by [`Store::open`](super::Store::open); `None` if it
+    /// is a branch in a database of another type. Transactions do this in `enlist`.
     #[must_use]
-    pub fn of(branch: &'t Arc<dyn AnyBranch>) -> Option<Self> {
-        Self::bound(Arc::clone(branch))
+    pub fn on(branch: &'t Arc<dyn AnyBranch>) -> Option<Self> {
+        Self::of(Arc::clone(branch))
     }
 
     /// The same, for as long as the caller's transaction lives.
-    pub(crate) fn bound(branch: Arc<dyn AnyBranch>) -> Option<Self> {
+    #[must_use]
+    pub(crate) fn of(branch: Arc<dyn AnyBranch>) -> Option<Self> {
         let core = branch.as_any().downcast::<BranchCore<DB>>().ok()?;
         Some(Self { core, transaction: PhantomData })
     }

@@ -24,8 +24,13 @@ impl<DB: SqlDatabase> Session<DB> {
 
     /// The connection.
     pub(super) fn conn(&mut self) -> Result<&mut DB::Connection> {
+        self.parts().map(|(conn, _)| conn)
+    }
+
+    /// The connection and what goes back with it.
+    pub(super) fn parts(&mut self) -> Result<(&mut DB::Connection, &DB::Loan)> {
         match &mut self.conn {
-            Some(conn) => Ok(&mut **conn),
+            Some(conn) => Ok((&mut **conn, &self.loan)),
             None => Err(Error::new(ErrorKind::Misuse, "statement", "the branch has ended")),
         }
     }

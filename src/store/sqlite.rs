@@ -406,12 +406,10 @@ async fn end_refused(mut session: Session<Sqlite>, error: Error) -> Error {
 
 /// Puts the settings back, and the connection into its pool.
 async fn give_back(mut session: Session<Sqlite>) {
-    let loan = std::mem::take(&mut session.loan);
-    let restored = match session.conn() {
-        Ok(conn) => restore(conn, &loan).await,
+    let restored = match session.parts() {
+        Ok((conn, loan)) => restore(conn, loan).await,
         Err(_) => return,
     };
-    session.loan = loan;
     if restored.is_ok() {
         session.release();
     }

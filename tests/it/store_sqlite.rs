@@ -89,7 +89,7 @@ async fn open(directory: &TempDir, mode: SqliteJournalMode) -> SqlitePool {
 }
 
 fn db(branch: &Arc<dyn AnyBranch>) -> Branch<'_, Sqlite> {
-    Branch::of(branch).unwrap()
+    Branch::on(branch).unwrap()
 }
 
 async fn add(branch: &Arc<dyn AnyBranch>, name: &str, cents: i64) -> Result<()> {
