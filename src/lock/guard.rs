@@ -49,8 +49,8 @@ impl Locked {
 
     /// The highest token among the keys; for a single key, its token.
     #[must_use]
-    pub fn token(&self) -> Option<FencingToken> {
-        self.keys.iter().map(|key| key.token).max()
+    pub fn token(&self) -> FencingToken {
+        self.keys.iter().map(|key| key.token).max().unwrap_or(FencingToken::FIRST)
     }
 
     /// Whether the lease still lasts, as far as this process can know.

@@ -5,7 +5,7 @@
 //! let locks = palisade::connect("memory:").await?;
 //!
 //! let guard = locks.lock("report:2026").acquire().await?;
-//! println!("token {:?}", guard.token());
+//! println!("token {}", guard.token());
 //! guard.release().await?;
 //! # Ok::<(), palisade::Error>(())
 //! # });

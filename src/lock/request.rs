@@ -87,6 +87,9 @@ impl LockRequest {
     }
 
     /// How long [`LockRequest::acquire`] and [`LockRequest::with_lock`] wait. Zero tries once.
+    ///
+    /// The service has at least a tenth of [`LockOptions::call_timeout`](crate::LockOptions) to answer
+    /// at all, however short the wait.
     pub fn wait(mut self, wait: Duration) -> Self {
         self.wait = wait;
         self

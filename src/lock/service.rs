@@ -204,8 +204,10 @@ impl Service {
         let listening = Job::Wait(Arc::clone(&waiting));
         self.schedule.put(ask.part.request, listening.clone(), None);
         let mut pending = Pending { service: self, waiting: &waiting, open: true };
-        let left = order.deadline.map(|deadline| deadline.saturating_duration_since(sent));
-        let answer = self.call(left.filter(|_| ask.wait), self.backend.acquire(&ask)).await;
+        // A short wait is no reason to take a slow answer for an outage.
+        let least = self.options.call_timeout / 10;
+        let left = order.deadline.map(|at| at.saturating_duration_since(sent).max(least));
+        let answer = self.call(left, self.backend.acquire(&ask)).await;
         let acquired = match answer {
             Ok(acquired) => acquired,
             // It may have happened, or may yet: `pending` cancels it.

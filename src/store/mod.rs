@@ -2,6 +2,27 @@
 //!
 //! A branch is handed out only after the fence rows of all its keys were changed in its transaction,
 //! so that no statement can come before the check: by type, not by advice.
+//!
+//! [`SqlStore`] is the store of a database that sqlx speaks to, and [`Branch`] the handle that runs
+//! statements in one. What differs between databases is in one driver file each; drivers never see each
+//! other.
+
+#[cfg(any(feature = "sqlite", feature = "postgres"))]
+mod branch;
+#[cfg(any(feature = "sqlite", feature = "postgres"))]
+mod core;
+#[cfg(any(feature = "sqlite", feature = "postgres"))]
+mod database;
+#[cfg(any(feature = "sqlite", feature = "postgres"))]
+mod progress;
+#[cfg(any(feature = "sqlite", feature = "postgres"))]
+mod session;
+#[cfg(any(feature = "sqlite", feature = "postgres"))]
+mod sql_store;
+#[cfg(feature = "sqlite")]
+mod sqlite;
+#[cfg(any(feature = "sqlite", feature = "postgres"))]
+mod verdict;
 
 use std::any::Any;
 use std::fmt;
@@ -13,6 +34,13 @@ use uuid::Uuid;
 
 use crate::error::{Error, Result};
 use crate::types::{FencingToken, Lease, LeaseState, Mode, OwnerId, ResourceKey};
+
+#[cfg(any(feature = "sqlite", feature = "postgres"))]
+pub use branch::Branch;
+#[cfg(any(feature = "sqlite", feature = "postgres"))]
+pub use database::SqlDatabase;
+#[cfg(any(feature = "sqlite", feature = "postgres"))]
+pub use sql_store::{Purged, SqlStore};
 
 /// One key as a transaction holds it.
 #[derive(Clone, Debug, PartialEq, Eq)]

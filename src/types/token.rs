@@ -23,6 +23,9 @@ impl FencingToken {
     /// The first number that is no token any more.
     pub const LIMIT: u64 = 1 << 53;
 
+    /// The lowest token. A store that has seen none accepts it.
+    pub const FIRST: Self = Self(1);
+
     /// The token with this number, if it is in `1..2^53`.
     #[must_use]
     pub fn new(number: u64) -> Option<Self> {

@@ -8,3 +8,4 @@ mod cancel;
 mod locks;
 mod servers;
 mod support;
+mod transactions;
