@@ -271,12 +271,13 @@ async fn keys_that_could_deadlock_are_declared_by_run_itself() {
     let b = Bench::new().await;
     let other = b.coordinator.transaction(["alice"]).begin().await.unwrap();
     let attempts = AtomicU32::new(0);
-    let work = b.coordinator.transaction(["bob"]).wait(Duration::from_secs(5)).run(async |mut tx| {
-        attempts.fetch_add(1, Ordering::Relaxed);
-        let nested = tx.nested(["alice"]).await?;
-        nested.commit().await?;
-        Ok::<_, Error>(tx.held().len())
-    });
+    let work =
+        b.coordinator.transaction(["bob"]).wait(Duration::from_secs(5)).run(async |mut tx| {
+            attempts.fetch_add(1, Ordering::Relaxed);
+            let nested = tx.nested(["alice"]).await?;
+            nested.commit().await?;
+            Ok::<_, Error>(tx.held().len())
+        });
     let (held, committed) = tokio::join!(work, async {
         while attempts.load(Ordering::Relaxed) < 1 {
             tokio::task::yield_now().await;
@@ -334,8 +335,10 @@ async fn a_second_store_and_an_unknown_one_are_refused_by_name() {
 async fn stores_that_are_named_are_fenced_at_begin() {
     let b = Bench::new().await;
     let tx = b.coordinator.transaction(["alice"]).stores([&b.bank]).begin().await.unwrap();
-    let writer: String =
-        sqlx::query_scalar("SELECT 'locked' FROM account LIMIT 1").fetch_one(b.bank.pool()).await.unwrap();
+    let writer: String = sqlx::query_scalar("SELECT 'locked' FROM account LIMIT 1")
+        .fetch_one(b.bank.pool())
+        .await
+        .unwrap();
     assert_eq!(writer, "locked");
     let busy = b.bank.pool().begin_with("PRAGMA busy_timeout = 0; BEGIN IMMEDIATE").await;
     assert!(busy.is_err(), "the branch has the write lock of the file");
@@ -457,10 +460,8 @@ impl palisade::backend::LockBackend for Unreachable {
 async fn without_the_lock_service_begin_ends_within_its_deadline_as_its_fallback_says() {
     let b = Bench::new().await;
     let locks = Locks::new(Unreachable).await.unwrap();
-    let coordinator = Coordinator::builder(locks)
-        .store(&b.bank)
-        .wait(Duration::from_millis(300))
-        .build();
+    let coordinator =
+        Coordinator::builder(locks).store(&b.bank).wait(Duration::from_millis(300)).build();
     let started = std::time::Instant::now();
     let error = coordinator.transaction(["alice"]).begin().await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
@@ -526,8 +527,7 @@ impl Service {
 #[tokio::test]
 async fn run_can_be_spawned_from_a_method_that_borrows_self() {
     let b = Bench::new().await;
-    let service =
-        Arc::new(Service { coordinator: b.coordinator.clone(), bank: b.bank.clone() });
+    let service = Arc::new(Service { coordinator: b.coordinator.clone(), bank: b.bank.clone() });
     let task = tokio::spawn(async move { service.pay("bob", 7).await });
     assert_eq!(task.await.unwrap().unwrap(), 107);
 }
