@@ -1,7 +1,8 @@
 //! The one error type, and what to do about each kind.
 //!
-//! An [`Error`] says what was attempted, on which key or store, what went wrong and what helps. Code
-//! that must react asks [`Error::kind`], a predicate, or [`Error::retry_advice`]; text is for people.
+//! An [`Error`] says what was attempted, on which key or store, what went wrong and what helps.
+//! Code that must react asks [`Error::kind`], a predicate, or [`Error::retry_advice`]; text is for
+//! people.
 
 use std::error::Error as StdError;
 use std::fmt;

@@ -36,7 +36,8 @@
 //!
 //! # Features
 //!
-//! `redis` (default), `sqlite`, `postgres`, `metrics`. A feature adds API and never changes behaviour.
+//! `redis` (default), `sqlite`, `postgres`, `metrics`. A feature adds API and never changes
+//! behaviour.
 
 pub mod backend;
 mod connect;

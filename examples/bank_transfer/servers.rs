@@ -9,6 +9,8 @@ use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
+use tempfile::TempDir;
+
 use crate::Result;
 use crate::options::Options;
 
@@ -22,16 +24,19 @@ pub struct Servers {
     pub redis: Option<Redis>,
     // After the servers, before their directory: fields are dropped in this order.
     _postgres: Option<Postgres>,
-    _directory: Directory,
+    _directory: TempDir,
 }
 
 impl Servers {
     /// Starts what has to be started.
     pub fn prepare(options: &Options) -> Result<Self> {
-        let directory = Directory::new()?;
+        let directory = tempfile::Builder::new().prefix("bank_transfer-").tempdir()?;
+        // PostgreSQL may run as a user of its own and has to get in.
+        fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755))?;
         let (locks, redis) = match own_redis_port(&options.locks)? {
             Some(port) => {
-                let mut redis = Redis { port, directory: directory.0.clone(), process: None };
+                let mut redis =
+                    Redis { port, directory: directory.path().to_owned(), process: None };
                 redis.start()?;
                 (format!("redis://127.0.0.1:{port}"), Some(redis))
             }
@@ -39,10 +44,10 @@ impl Servers {
         };
         let (store, postgres) = match options.store.as_str() {
             "postgres:" => {
-                let postgres = Postgres::start(&directory.0)?;
+                let postgres = Postgres::start(directory.path())?;
                 (postgres.url.clone(), Some(postgres))
             }
-            "sqlite:" => (format!("sqlite:{}", directory.0.join("bank.db").display()), None),
+            "sqlite:" => (format!("sqlite:{}", directory.path().join("bank.db").display()), None),
             other if other.starts_with("sqlite:") || other.starts_with("postgres") => {
                 (other.to_owned(), None)
             }
@@ -193,26 +198,6 @@ impl Drop for Process {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
-    }
-}
-
-/// A directory that goes with its handle.
-struct Directory(PathBuf);
-
-impl Directory {
-    fn new() -> Result<Self> {
-        let name = format!("bank_transfer-{}-{:08x}", std::process::id(), fastrand::u32(..));
-        let path = std::env::temp_dir().join(name);
-        fs::create_dir(&path)?;
-        // PostgreSQL may run as a user of its own and has to get in.
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
-        Ok(Self(path))
-    }
-}
-
-impl Drop for Directory {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
     }
 }
 

@@ -1,7 +1,7 @@
 //! The seam to a lock service: five operations, one trait, one driver per service.
 //!
-//! A driver carries out what [`protocol::Queue`](crate::protocol::Queue) decides; it adds no rule of
-//! its own. What a service cannot do is a value, [`Capabilities`], never a surprise.
+//! A driver carries out what [`protocol::Queue`](crate::protocol::Queue) decides; it adds no rule
+//! of its own. What a service cannot do is a value, [`Capabilities`], never a surprise.
 
 mod memory;
 
@@ -40,9 +40,10 @@ pub type Sink = Arc<dyn Fn(HandOver) + Send + Sync>;
 /// A lock service.
 ///
 /// Every call is one atomic step at the service and may be sent twice. A call that fails with
-/// [`ErrorKind::Unavailable`](crate::ErrorKind::Unavailable) may have happened, or may still happen:
-/// the caller settles it by sending it again or by [`cancel`](LockBackend::cancel). No call has a
-/// time-out of its own; callers drop the future at their deadline, which leaves the same doubt.
+/// [`ErrorKind::Unavailable`](crate::ErrorKind::Unavailable) may have happened, or may still
+/// happen: the caller settles it by sending it again or by [`cancel`](LockBackend::cancel). No call
+/// has a time-out of its own; callers drop the future at their deadline, which leaves the same
+/// doubt.
 #[async_trait]
 pub trait LockBackend: fmt::Debug + Send + Sync + 'static {
     /// What the service can do.

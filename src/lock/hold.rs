@@ -98,7 +98,8 @@ impl Hold {
         }
     }
 
-    /// Gives the grant up and waits for the answer. Dropping the future hands the rest to the watchdog.
+    /// Gives the grant up and waits for the answer. Dropping the future hands the rest to the
+    /// watchdog.
     pub(super) async fn release(mut self) -> Result<()> {
         let was_held = self.kept.state.is_held();
         let until = self.until();

@@ -88,14 +88,15 @@ impl LockRequest {
 
     /// How long [`LockRequest::acquire`] and [`LockRequest::with_lock`] wait. Zero tries once.
     ///
-    /// The service has at least a tenth of [`LockOptions::call_timeout`](crate::LockOptions) to answer
-    /// at all, however short the wait.
+    /// The service has at least a tenth of [`LockOptions::call_timeout`](crate::LockOptions) to
+    /// answer at all, however short the wait.
     pub fn wait(mut self, wait: Duration) -> Self {
         self.wait = wait;
         self
     }
 
-    /// The owner to re-enter as, or to add locks to. Without one, each request is an owner of its own.
+    /// The owner to re-enter as, or to add locks to. Without one, each request is an owner of its
+    /// own.
     pub fn owner(mut self, owner: OwnerId) -> Self {
         self.owner = Some(owner);
         self
@@ -132,8 +133,8 @@ impl LockRequest {
         self
     }
 
-    /// The watchdog stops renewing after this time, so that a guard that was leaked does not hold its
-    /// locks for ever.
+    /// The watchdog stops renewing after this time, so that a guard that was leaked does not hold
+    /// its locks for ever.
     pub fn max_hold(mut self, max_hold: Duration) -> Self {
         self.max_hold = max_hold;
         self
@@ -149,19 +150,19 @@ impl LockRequest {
     /// Locks all keys, waiting in line for them.
     ///
     /// # Errors
-    /// - [`InvalidInput`](ErrorKind::InvalidInput): no key, too many, a bad key or lease; nothing was
-    ///   sent.
+    /// - [`InvalidInput`](ErrorKind::InvalidInput): no key, too many, a bad key or lease; nothing
+    ///   was sent.
     /// - [`TimedOut`](ErrorKind::TimedOut): others held a key until the wait was over;
     ///   [`Busy`](ErrorKind::Busy) when the request was not to wait.
-    /// - [`WouldDeadlock`](ErrorKind::WouldDeadlock): the owner holds other keys, and waiting for these
-    ///   could deadlock.
+    /// - [`WouldDeadlock`](ErrorKind::WouldDeadlock): the owner holds other keys, and waiting for
+    ///   these could deadlock.
     /// - [`LimitReached`](ErrorKind::LimitReached), [`StaleToken`](ErrorKind::StaleToken),
     ///   [`Unavailable`](ErrorKind::Unavailable), [`Denied`](ErrorKind::Denied),
     ///   [`Corrupt`](ErrorKind::Corrupt), [`Closed`](ErrorKind::Closed).
     ///
     /// # Cancel safety
-    /// Dropping the future cancels the request, in line or granted, in the background; the place in the
-    /// line is lost.
+    /// Dropping the future cancels the request, in line or granted, in the background; the place in
+    /// the line is lost.
     pub async fn acquire(self) -> Result<LockGuard> {
         let wait = (!self.wait.is_zero()).then_some(self.wait);
         self.send(wait).await
@@ -188,8 +189,8 @@ impl LockRequest {
     ///
     /// # Errors
     /// The error of `work`; those of [`LockRequest::acquire`]; and
-    /// [`LeaseLost`](ErrorKind::LeaseLost) when the lease did not last until the end, even if `work`
-    /// had succeeded.
+    /// [`LeaseLost`](ErrorKind::LeaseLost) when the lease did not last until the end, even if
+    /// `work` had succeeded.
     ///
     /// # Cancel safety
     /// Dropping the future drops `work` and gives the locks up in the background.

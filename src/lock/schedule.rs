@@ -1,8 +1,8 @@
 //! What the watchdog has to do, and when.
 //!
 //! Holders and waiters enter and leave this table without waking the watchdog, unless they are due
-//! before it means to wake anyway; the common case of a lock that is held for less than a third of its
-//! lease costs two map operations and no wake-up.
+//! before it means to wake anyway; the common case of a lock that is held for less than a third of
+//! its lease costs two map operations and no wake-up.
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -137,8 +137,8 @@ impl Schedule {
         }
     }
 
-    /// Tells a waiter of a grant that was pushed. One that is not waited for here is ignored: it was
-    /// cancelled meanwhile, and the cancel is on its way.
+    /// Tells a waiter of a grant that was pushed. One that is not waited for here is ignored: it
+    /// was cancelled meanwhile, and the cancel is on its way.
     pub(super) fn hand_over(&self, owner: OwnerId, grant: Grant) {
         let waiting = match self.lock().jobs.get(&grant.request) {
             Some((Job::Wait(waiting), _)) if waiting.part.owner == owner => Arc::clone(waiting),
@@ -187,7 +187,8 @@ impl Schedule {
         }
     }
 
-    /// Takes everything away that is held, and settles it in the background. Returns how much it was.
+    /// Takes everything away that is held, and settles it in the background. Returns how much it
+    /// was.
     pub(super) fn take_away(&self, now: Instant) -> usize {
         let mut table = self.lock();
         let kept: Vec<_> = table.jobs.values().filter_map(|(job, _)| job.kept().cloned()).collect();

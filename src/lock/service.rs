@@ -1,7 +1,7 @@
 //! What all handles of one lock service share, and how a set of keys is acquired.
 //!
-//! A set is asked for partition by partition, in order; each part is held as a whole or not at all, and
-//! when a later part fails, the earlier ones are given up again.
+//! A set is asked for partition by partition, in order; each part is held as a whole or not at all,
+//! and when a later part fails, the earlier ones are given up again.
 
 use std::fmt;
 use std::sync::Arc;
@@ -308,8 +308,8 @@ impl Service {
         self.would_deadlock(order, why).with_key(key)
     }
 
-    /// Refuses, and names all keys that a new attempt has to declare: what the owner holds and what it
-    /// asked for.
+    /// Refuses, and names all keys that a new attempt has to declare: what the owner holds and what
+    /// it asked for.
     fn would_deadlock(&self, order: &Order, why: &str) -> Error {
         let mut union = self.owners.held(order.owner);
         union.extend(order.wants.iter().map(|(_, want)| want.clone()));
@@ -329,8 +329,8 @@ enum Answer {
     Forgotten,
 }
 
-/// A request that may be on its way, in line or granted without anybody knowing. Dropped open, it is
-/// cancelled in the background.
+/// A request that may be on its way, in line or granted without anybody knowing. Dropped open, it
+/// is cancelled in the background.
 struct Pending<'a> {
     service: &'a Service,
     waiting: &'a Waiting,

@@ -45,8 +45,8 @@ impl Waiting {
         state.queued = state.queued.max(sent);
     }
 
-    /// A grant was pushed. It lasts for the claim time, counted from when it can have been made at the
-    /// earliest.
+    /// A grant was pushed. It lasts for the claim time, counted from when it can have been made at
+    /// the earliest.
     pub(super) fn pushed(&self, grant: Grant) {
         let deadline = self.lock().queued + self.lease.claim() - self.lease.drift();
         self.end(Turn::Granted { grant, deadline, confirmed: false });

@@ -1,8 +1,8 @@
 //! The one task of a lock service: it renews, refreshes, and settles what was dropped.
 //!
 //! Leases that are due together are renewed in one call per partition; calls run side by side, each
-//! with a time-out of its own, so that a slow partition delays nobody else. Whoever has already failed
-//! once is sent apart from the healthy, because its time-out is shorter.
+//! with a time-out of its own, so that a slow partition delays nobody else. Whoever has already
+//! failed once is sent apart from the healthy, because its time-out is shorter.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

@@ -1,6 +1,5 @@
 //! The typed handle of a branch: an sqlx executor for statements behind the fence.
 
-use std::any::Any;
 use std::fmt;
 use std::marker::PhantomData;
 use std::sync::Arc;
@@ -41,16 +40,12 @@ pub struct Branch<'t, DB: SqlDatabase> {
 }
 
 impl<'t, DB: SqlDatabase> Branch<'t, DB> {
-    /// The typed handle of `branch`, if it is a branch in a database of this type.
+    /// The typed handle of `branch`, for as long as the caller's transaction lives; `None` if it is a
+    /// branch in a database of another type.
     #[must_use]
-    pub fn of(branch: &'t Arc<dyn AnyBranch>) -> Option<Self> {
-        let any: Arc<dyn Any + Send + Sync> = Arc::clone(branch).as_any();
-        any.downcast::<BranchCore<DB>>().ok().map(Self::new)
-    }
-
-    /// The handle of a branch, for as long as the caller's transaction lives.
-    pub(crate) fn new(core: Arc<BranchCore<DB>>) -> Self {
-        Self { core, transaction: PhantomData }
+    pub(crate) fn of(branch: Arc<dyn AnyBranch>) -> Option<Self> {
+        let core = branch.as_any().downcast::<BranchCore<DB>>().ok()?;
+        Some(Self { core, transaction: PhantomData })
     }
 }
 

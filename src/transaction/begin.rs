@@ -63,14 +63,15 @@ impl TransactionRequest {
         self
     }
 
-    /// How long the locks are leased for: 10 ms to 24 h. They are renewed while the transaction lives.
+    /// How long the locks are leased for: 10 ms to 24 h. They are renewed while the transaction
+    /// lives.
     pub fn lease(mut self, lease: Duration) -> Self {
         self.lease = lease;
         self
     }
 
-    /// How long begin waits for keys that others hold; zero tries once. Each fence waits as long for
-    /// rows that others have changed.
+    /// How long begin waits for keys that others hold; zero tries once. Each fence waits as long
+    /// for rows that others have changed.
     pub fn wait(mut self, wait: Duration) -> Self {
         self.wait = wait;
         self

@@ -249,8 +249,8 @@ impl Core {
     }
 }
 
-/// A transaction, as its work sees it: what it holds, and its branches. It neither commits nor rolls
-/// back; [`Transaction`] or [`run`](super::Coordinator::run) do.
+/// A transaction, as its work sees it: what it holds, and its branches. It neither commits nor
+/// rolls back; [`Transaction`] or [`run`](super::Coordinator::run) do.
 #[derive(Debug)]
 pub struct Tx {
     pub(super) core: Arc<Core>,
@@ -299,7 +299,7 @@ impl Tx {
 #[cfg(any(feature = "sqlite", feature = "postgres"))]
 mod sql {
     use super::{Error, ErrorKind, Result, Tx};
-    use crate::store::{Branch, BranchCore, SqlDatabase, SqlStore};
+    use crate::store::{Branch, SqlDatabase, SqlStore};
 
     impl Tx {
         /// The branch of this transaction in `store`, opened behind its fence when asked for first.
@@ -308,9 +308,10 @@ mod sql {
         ///
         /// # Errors
         /// - [`StaleToken`](ErrorKind::StaleToken): the store has seen a newer holder of a key.
-        /// - [`Misuse`](ErrorKind::Misuse): the store is unknown to the coordinator, a second store, or
-        ///   no key is held exclusively.
-        /// - [`Conflict`](ErrorKind::Conflict): another branch had the rows until the wait was over.
+        /// - [`Misuse`](ErrorKind::Misuse): the store is unknown to the coordinator, a second
+        ///   store, or no key is held exclusively.
+        /// - [`Conflict`](ErrorKind::Conflict): another branch had the rows until the wait was
+        ///   over.
         /// - [`LeaseLost`](ErrorKind::LeaseLost), [`Degraded`](ErrorKind::Degraded),
         ///   [`NotMigrated`](ErrorKind::NotMigrated), [`Unavailable`](ErrorKind::Unavailable),
         ///   [`Store`](ErrorKind::Store).
@@ -343,19 +344,16 @@ mod sql {
         ) -> Result<Branch<'_, DB>> {
             let name = crate::store::Store::name(store);
             let branch = self.core.open(name, read_only).await?;
-            match branch.as_any().downcast::<BranchCore<DB>>() {
-                Ok(branch) => Ok(Branch::new(branch)),
-                Err(_) => {
-                    let detail = format!("store {name:?} is a database of another kind");
-                    Err(Error::new(ErrorKind::Misuse, "enlist", detail))
-                }
-            }
+            Branch::of(branch).ok_or_else(|| {
+                let detail = format!("store {name:?} is a database of another kind");
+                Error::new(ErrorKind::Misuse, "enlist", detail)
+            })
         }
     }
 }
 
-/// A transaction that has begun. Dropped without [`commit`](Transaction::commit), it rolls back in the
-/// background.
+/// A transaction that has begun. Dropped without [`commit`](Transaction::commit), it rolls back in
+/// the background.
 #[derive(Debug)]
 #[must_use = "a transaction that is dropped rolls back"]
 pub struct Transaction {
@@ -375,12 +373,12 @@ impl Transaction {
     ///
     /// `Ok` means that everything is durable. Every error but one means that nothing is there:
     /// [`LeaseLost`](ErrorKind::LeaseLost), [`Aborted`](ErrorKind::Aborted),
-    /// [`Conflict`](ErrorKind::Conflict), [`Store`](ErrorKind::Store) and so on name the cause of the
-    /// rollback.
+    /// [`Conflict`](ErrorKind::Conflict), [`Store`](ErrorKind::Store) and so on name the cause of
+    /// the rollback.
     ///
     /// # Errors
-    /// [`InDoubt`](ErrorKind::InDoubt) is the exception: whether the commit happened is not known, and
-    /// [`Error::transaction`] names the attempt.
+    /// [`InDoubt`](ErrorKind::InDoubt) is the exception: whether the commit happened is not known,
+    /// and [`Error::transaction`] names the attempt.
     ///
     /// # Cancel safety
     /// The commit goes on in the background, and its outcome is logged.
@@ -391,8 +389,8 @@ impl Transaction {
     /// Rolls back, and gives up the locks.
     ///
     /// # Errors
-    /// [`Unavailable`](ErrorKind::Unavailable) or [`InDoubt`](ErrorKind::InDoubt) when the store did not
-    /// acknowledge; its connection was closed then.
+    /// [`Unavailable`](ErrorKind::Unavailable) or [`InDoubt`](ErrorKind::InDoubt) when the store
+    /// did not acknowledge; its connection was closed then.
     ///
     /// # Cancel safety
     /// The rollback goes on in the background.

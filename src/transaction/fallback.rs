@@ -48,7 +48,8 @@ impl Fallback {
     ///     if outage.keys.iter().all(|key| key.starts_with("mail:")) {
     ///         return Ok(()); // written to an outbox, to be sent later
     ///     }
-    ///     Err(Error::new(ErrorKind::Unavailable, "begin", "only mail can wait").with_source(outage.cause))
+    ///     let refusal = Error::new(ErrorKind::Unavailable, "begin", "only mail can wait");
+    ///     Err(refusal.with_source(outage.cause))
     /// });
     /// # let _ = fallback;
     /// ```

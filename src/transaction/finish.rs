@@ -19,8 +19,8 @@ pub(super) enum End {
 }
 
 impl Core {
-    /// Ends the transaction. The work is done by a task of its own, so that dropping the future drops
-    /// the wait and not the commit.
+    /// Ends the transaction. The work is done by a task of its own, so that dropping the future
+    /// drops the wait and not the commit.
     pub(super) async fn finish(self: &Arc<Self>, end: End) -> Result<()> {
         let Some((slots, guards)) = self.close() else {
             let detail = "the transaction has ended already";
@@ -91,7 +91,8 @@ impl Core {
         };
         drop(slots);
         for guard in guards {
-            // A release that fails is repeated by the watchdog; it cannot change the outcome any more.
+            // A release that fails is repeated by the watchdog; it cannot change the outcome any
+            // more.
             if let Err(error) = guard.release().await {
                 tracing::debug!(%error, "release after the end of a transaction");
             }
@@ -141,8 +142,8 @@ impl Core {
         answer
     }
 
-    /// Rolls back where nobody waits for the answer: the outcome is decided, and a connection that does
-    /// not acknowledge is closed.
+    /// Rolls back where nobody waits for the answer: the outcome is decided, and a connection that
+    /// does not acknowledge is closed.
     async fn undo(&self, slots: &[Slot]) {
         if let Err(error) = self.roll_back(slots).await {
             tracing::debug!(%error, "rollback was not acknowledged");

@@ -1,8 +1,8 @@
 //! Keeps the sessions of idle branches alive for as long as their lease is.
 //!
-//! A store ends a session that is idle for longer than a lease, so that a process that was stopped does
-//! not lock rows for ever. A holder that only thinks must not fall to that rule, so its branches are
-//! pinged three times per lease while the lease is held.
+//! A store ends a session that is idle for longer than a lease, so that a process that was stopped
+//! does not lock rows for ever. A holder that only thinks must not fall to that rule, so its
+//! branches are pinged three times per lease while the lease is held.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};

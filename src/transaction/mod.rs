@@ -64,8 +64,8 @@ pub struct CoordinatorBuilder {
 }
 
 impl Coordinator {
-    /// Starts to build a coordinator over `locks`; lease and wait are those of the lock service until
-    /// set otherwise.
+    /// Starts to build a coordinator over `locks`; lease and wait are those of the lock service
+    /// until set otherwise.
     pub fn builder(locks: Locks) -> CoordinatorBuilder {
         let options = locks.options();
         CoordinatorBuilder {
@@ -122,8 +122,8 @@ impl Coordinator {
         self.shared.locks.statistics()
     }
 
-    /// Waits until everything that was left to the background is done: commits whose caller went away,
-    /// rollbacks of dropped transactions.
+    /// Waits until everything that was left to the background is done: commits whose caller went
+    /// away, rollbacks of dropped transactions.
     ///
     /// # Cancel safety
     /// Dropping the future has no effect.
@@ -150,7 +150,8 @@ impl CoordinatorBuilder {
         self
     }
 
-    /// How long begin waits for keys that others hold, and each fence for rows that others have changed.
+    /// How long begin waits for keys that others hold, and each fence for rows that others have
+    /// changed.
     pub fn wait(mut self, wait: Duration) -> Self {
         self.wait = wait;
         self

@@ -12,9 +12,9 @@ use super::core::{Core, Tx};
 impl Tx {
     /// Begins a nested transaction that holds `keys` too, if any are named.
     ///
-    /// Keys that the transaction holds are re-entered; others are added if that cannot deadlock, and
-    /// are fenced in the open branches *before* the savepoint, because rolling back to it must not
-    /// undo the fence. All locks are kept until the outermost transaction ends.
+    /// Keys that the transaction holds are re-entered; others are added if that cannot deadlock,
+    /// and are fenced in the open branches *before* the savepoint, because rolling back to it must
+    /// not undo the fence. All locks are kept until the outermost transaction ends.
     ///
     /// # Errors
     /// Those of [`LockRequest::acquire`](crate::LockRequest::acquire) and of the stores.
@@ -22,8 +22,8 @@ impl Tx {
     /// [`run`](super::Coordinator::run) does that by itself.
     ///
     /// # Cancel safety
-    /// Dropping the future undoes the savepoints before the next statement; locks that were added stay
-    /// until the transaction ends.
+    /// Dropping the future undoes the savepoints before the next statement; locks that were added
+    /// stay until the transaction ends.
     pub async fn nested<K: AsRef<str>>(
         &mut self,
         keys: impl IntoIterator<Item = K>,

@@ -13,13 +13,13 @@ use super::core::{Transaction, Tx};
 impl TransactionRequest {
     /// Begins, runs `work`, and commits. When `work` fails, the transaction is rolled back.
     ///
-    /// The whole is started over when an attempt failed for a reason that another attempt may not meet:
-    /// keys were busy, a statement or the commit lost against another transaction (SQLSTATE 40001,
-    /// 40P01, 55P03, `SQLITE_BUSY`), the lease was lost before the commit, the token was stale (then as
-    /// a new owner with a higher token), or waiting for more keys could have deadlocked (then with all
-    /// keys declared). Which failure it was is seen by the branches, whatever error `work` makes of
-    /// it. It is never started over after [`InDoubt`](crate::ErrorKind::InDoubt), nor for an error that
-    /// is `work`'s own.
+    /// The whole is started over when an attempt failed for a reason that another attempt may not
+    /// meet: keys were busy, a statement or the commit lost against another transaction (SQLSTATE
+    /// 40001, 40P01, 55P03, `SQLITE_BUSY`), the lease was lost before the commit, the token was
+    /// stale (then as a new owner with a higher token), or waiting for more keys could have
+    /// deadlocked (then with all keys declared). Which failure it was is seen by the branches,
+    /// whatever error `work` makes of it. It is never started over after
+    /// [`InDoubt`](crate::ErrorKind::InDoubt), nor for an error that is `work`'s own.
     ///
     /// When the lease is lost, the future of `work` is dropped where it stands.
     ///
@@ -27,8 +27,8 @@ impl TransactionRequest {
     /// The error of `work`, or that of begin or commit, after the last attempt.
     ///
     /// # Cancel safety
-    /// Dropping the future drops `work` and rolls back in the background; a commit that has begun goes
-    /// on.
+    /// Dropping the future drops `work` and rolls back in the background; a commit that has begun
+    /// goes on.
     pub async fn run<T, E, F, Fut>(self, work: F) -> Result<T, E>
     where
         E: From<Error>,

@@ -62,7 +62,8 @@ impl Lease {
 
     /// How long a grant that was handed over lasts until its holder first renews it.
     ///
-    /// Two refreshes: longer than one refresh and a round trip, or a lost push would lose the grant.
+    /// Two refreshes: longer than one refresh and a round trip, or a lost push would lose the
+    /// grant.
     #[must_use]
     pub fn claim(self) -> Duration {
         self.refresh() * 2
@@ -83,7 +84,8 @@ impl TryFrom<Duration> for Lease {
     }
 }
 
-/// What everyone who works under a set of grants shares: their deadlines, and the moment one was lost.
+/// What everyone who works under a set of grants shares: their deadlines, and the moment one was
+/// lost.
 ///
 /// A state is lost once and for ever. It counts as lost as soon as one deadline has passed on the
 /// monotonic clock of this process, whether or not a timer has noticed.
@@ -107,7 +109,8 @@ impl LeaseState {
         self.deadlines().push((request, deadline));
     }
 
-    /// Moves the deadline of a grant that is covered. It never moves back, and what is lost stays lost.
+    /// Moves the deadline of a grant that is covered. It never moves back, and what is lost stays
+    /// lost.
     pub fn extend(&self, request: RequestId, deadline: Instant) {
         if self.is_held()
             && let Some((_, current)) =

@@ -6,6 +6,9 @@
 
 mod cancel;
 mod locks;
+#[cfg(feature = "metrics")]
+mod metrics;
 mod servers;
 mod support;
+#[cfg(feature = "sqlite")]
 mod transactions;

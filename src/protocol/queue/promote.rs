@@ -124,8 +124,8 @@ impl Queue {
 
     /// Grants every waiter that the change at `dirty` lets through.
     ///
-    /// One pass in ticket order is enough: a granted waiter becomes a holder with the same conflicts,
-    /// so no grant lets another one through.
+    /// One pass in ticket order is enough: a granted waiter becomes a holder with the same
+    /// conflicts, so no grant lets another one through.
     pub(super) fn promote(&mut self, now_us: u64, dirty: Vec<ResourceKey>) -> Result<(), Corrupt> {
         let lines = dirty.iter().filter_map(|key| self.keys.get(key)).flat_map(|slot| &slot.line);
         let mut candidates: Vec<(u64, Id)> =

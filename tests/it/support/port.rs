@@ -6,8 +6,8 @@ use std::net::{Ipv4Addr, TcpListener};
 ///
 /// It lies below the range from which the system picks the ports of outgoing connections, so nobody
 /// gets it by chance while its server is down; a client that connects to a dead port of that range
-/// can even connect to itself. Another test may pick the same port at the same time; its server then
-/// fails to start, and the caller tries another one.
+/// can even connect to itself. Another test may pick the same port at the same time; its server
+/// then fails to start, and the caller tries another one.
 pub fn free_port() -> u16 {
     (0..1000)
         .map(|_| fastrand::u16(10_000..32_000))

@@ -100,8 +100,8 @@ impl PostgresServer {
         self.url_for(name)
     }
 
-    /// Runs SQL in the database `postgres` on a session of its own and returns the rows, one a line,
-    /// with `|` between the columns.
+    /// Runs SQL in the database `postgres` on a session of its own and returns the rows, one a
+    /// line, with `|` between the columns.
     ///
     /// # Panics
     /// When it fails.

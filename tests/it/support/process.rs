@@ -46,8 +46,8 @@ pub fn is_root() -> bool {
     fs::metadata("/proc/self").is_ok_and(|metadata| metadata.uid() == 0)
 }
 
-/// `program`, to be run as `user` if one is given; and if `death_signal` is, to be signalled so when
-/// its parent dies.
+/// `program`, to be run as `user` if one is given; and if `death_signal` is, to be signalled so
+/// when its parent dies.
 pub fn command(program: &Path, user: Option<&str>, death_signal: Option<&str>) -> Command {
     if user.is_none() && death_signal.is_none() {
         return Command::new(program);
