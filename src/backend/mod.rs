@@ -4,6 +4,8 @@
 //! of its own. What a service cannot do is a value, [`Capabilities`], never a surprise.
 
 mod memory;
+#[cfg(feature = "redis")]
+mod redis;
 
 use std::fmt;
 use std::sync::Arc;
@@ -15,6 +17,8 @@ use crate::protocol::{Acquire, Acquired, HandOver, Inspection, Part, Released, R
 use crate::types::{ClientId, Partition, ResourceKey};
 
 pub use memory::MemoryBackend;
+#[cfg(feature = "redis")]
+pub use redis::{RedisBackend, RedisOptions};
 
 /// What a lock service can do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

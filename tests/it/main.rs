@@ -8,6 +8,8 @@ mod cancel;
 mod locks;
 #[cfg(feature = "metrics")]
 mod metrics;
+mod redis_asks;
+mod redis_locks;
 mod servers;
 mod support;
 #[cfg(feature = "sqlite")]
