@@ -120,7 +120,7 @@ fn number(text: &str) -> Result<i64> {
 }
 
 /// The records of a CSV file below its header.
-fn records(file: &Path) -> Result<impl Iterator<Item = Result<Vec<String>>>> {
+fn records(file: &Path) -> Result<impl Iterator<Item = Result<Vec<String>>> + use<>> {
     let text = std::fs::read_to_string(file)
         .map_err(|error| format!("cannot read {}: {error}", file.display()))?;
     let lines: Vec<String> = text.lines().skip(1).map(str::to_owned).collect();

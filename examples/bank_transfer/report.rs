@@ -1,6 +1,6 @@
 //! What workers report, and what is made of it in the end.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::time::Duration;
 
@@ -19,6 +19,8 @@ pub struct Report {
     /// Attempts that the store refused because it had seen a newer holder.
     pub stale: u64,
     pub lost_leases: u64,
+    /// What `run` gave up with, by kind of error, before another call of it succeeded.
+    pub errors: BTreeMap<String, u64>,
     /// Commits whose outcome was not known.
     pub in_doubt: u64,
     /// Transfers that were found to be done already, by a commit in doubt or by a worker that was
@@ -50,6 +52,9 @@ impl Summary {
         sum.stale += report.stale;
         sum.lost_leases += report.lost_leases;
         sum.in_doubt += report.in_doubt;
+        for (kind, count) in report.errors {
+            *sum.errors.entry(kind).or_default() += count;
+        }
         sum.found += report.found;
     }
 
@@ -73,7 +78,8 @@ impl fmt::Display for Table<'_> {
         writeln!(f, "transfers/s        {rate:.0} ({} in {elapsed:.1?})", transfers.len())?;
         writeln!(f, "wait for locks     {}", times(|timing| timing.wait_us))?;
         writeln!(f, "whole transfer     {}", times(|timing| timing.total_us))?;
-        writeln!(f, "retries            {}", sum.retries)?;
+        let errors: Vec<_> = sum.errors.iter().map(|(kind, n)| format!("{kind} {n}")).collect();
+        writeln!(f, "retries            {} {}", sum.retries, errors.join(", "))?;
         writeln!(f, "stale rejections   {}", sum.stale)?;
         writeln!(f, "lost leases        {}", sum.lost_leases)?;
         writeln!(f, "in doubt, settled  {}", sum.in_doubt)?;

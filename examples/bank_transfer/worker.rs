@@ -112,26 +112,37 @@ impl Worker {
     async fn settle(&self, transfer: &Transfer) -> Result<()> {
         let asked = Instant::now();
         loop {
-            let attempts = AtomicU64::new(0);
-            let answer = self.attempt(transfer, asked, &attempts).await;
-            let mut tally = self.tally();
-            tally.retries += attempts.into_inner().saturating_sub(1);
-            match answer {
-                Ok((applied, waited)) => {
-                    tally.done += 1;
-                    tally.found += u64::from(applied == Applied::Before);
-                    let [wait_us, total_us] = [waited, asked.elapsed()].map(micros);
-                    tally.finished.push(Timing { id: transfer.id, wait_us, total_us });
-                    return Ok(());
-                }
-                Err(error) if may_pass(&error) && asked.elapsed() < PATIENCE => {
-                    tally.retries += 1;
-                    tally.in_doubt += u64::from(error.is_in_doubt());
-                }
-                Err(error) => return Err(error.into()),
+            let answer = self.attempt(transfer, asked).await;
+            if self.note(transfer, asked, answer)? {
+                return Ok(());
             }
-            drop(tally);
             sleep(PAUSE).await;
+        }
+    }
+
+    /// Counts an answer; whether it is the last one.
+    fn note(
+        &self,
+        transfer: &Transfer,
+        asked: Instant,
+        answer: palisade::Result<(Applied, Duration)>,
+    ) -> palisade::Result<bool> {
+        let mut tally = self.tally();
+        match answer {
+            Ok((applied, waited)) => {
+                tally.done += 1;
+                tally.found += u64::from(applied == Applied::Before);
+                let [wait_us, total_us] = [waited, asked.elapsed()].map(micros);
+                tally.finished.push(Timing { id: transfer.id, wait_us, total_us });
+                Ok(true)
+            }
+            Err(error) if may_pass(&error) && asked.elapsed() < PATIENCE => {
+                tally.retries += 1;
+                tally.in_doubt += u64::from(error.is_in_doubt());
+                *tally.errors.entry(format!("{:?}", error.kind())).or_default() += 1;
+                Ok(false)
+            }
+            Err(error) => Err(error),
         }
     }
 
@@ -140,11 +151,13 @@ impl Worker {
         &self,
         transfer: &Transfer,
         asked: Instant,
-        attempts: &AtomicU64,
     ) -> palisade::Result<(Applied, Duration)> {
+        let attempts = AtomicU64::new(0);
         let work = async |tx| {
-            attempts.fetch_add(1, Ordering::Relaxed);
             let waited = asked.elapsed();
+            if attempts.fetch_add(1, Ordering::Relaxed) > 0 {
+                self.tally().retries += 1;
+            }
             let applied = self.bank.apply(&tx, transfer).await;
             if matches!(&applied, Err(error) if error.kind() == ErrorKind::StaleToken) {
                 self.tally().stale += 1;
