@@ -40,10 +40,14 @@ pub struct Branch<'t, DB: SqlDatabase> {
 }
 
 impl<'t, DB: SqlDatabase> Branch<'t, DB> {
-    /// The typed handle of `branch`, for as long as the caller's transaction lives; `None` if it is a
-    /// branch in a database of another type.
+    /// The typed handle of `branch`, if it is a branch in a database of this type.
     #[must_use]
-    pub(crate) fn of(branch: Arc<dyn AnyBranch>) -> Option<Self> {
+    pub fn of(branch: &'t Arc<dyn AnyBranch>) -> Option<Self> {
+        Self::bound(Arc::clone(branch))
+    }
+
+    /// The same, for as long as the caller's transaction lives.
+    pub(crate) fn bound(branch: Arc<dyn AnyBranch>) -> Option<Self> {
         let core = branch.as_any().downcast::<BranchCore<DB>>().ok()?;
         Some(Self { core, transaction: PhantomData })
     }

@@ -141,10 +141,15 @@ impl<DB: SqlDatabase> BranchCore<DB> {
         self.admit(true)?;
         turn.undo_abandoned().await.map_err(|error| classify("savepoint", error))?;
         turn.running = true;
+        if step == Step::Start {
+            // Before the answer: a call that is cut short is undone with the savepoint.
+            self.progress().set_depth(depth);
+        }
         let result = DB::savepoint(turn.conn()?, step, depth).await;
         turn.finish(result).map_err(|error| classify("savepoint", error))?;
-        let left = if step == Step::Start { depth } else { depth.saturating_sub(1) };
-        self.progress().set_depth(left);
+        if step == Step::Release {
+            self.progress().set_depth(depth.saturating_sub(1));
+        }
         Ok(())
     }
 }

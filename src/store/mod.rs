@@ -38,6 +38,8 @@ use crate::types::{FencingToken, Lease, LeaseState, Mode, OwnerId, ResourceKey};
 #[cfg(any(feature = "sqlite", feature = "postgres"))]
 pub use branch::Branch;
 #[cfg(any(feature = "sqlite", feature = "postgres"))]
+pub(crate) use self::core::BranchCore;
+#[cfg(any(feature = "sqlite", feature = "postgres"))]
 pub use database::SqlDatabase;
 #[cfg(any(feature = "sqlite", feature = "postgres"))]
 pub use sql_store::{Purged, SqlStore};

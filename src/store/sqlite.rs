@@ -436,8 +436,7 @@ async fn finish(session: &mut Session<Sqlite>, ending: &Ending<'_, Sqlite>) -> R
             Ok(()) => return Ok(()),
             Err(error) if !ending.fence.state.is_held() => return Err(End::Failed(error)),
             Err(error) => {
-                let deadline = ending.fence.state.deadline();
-                let deadline = deadline.unwrap_or(ending.fence.deadline);
+                let deadline = ending.fence.state.deadline().unwrap_or_else(Instant::now);
                 pause(error, deadline).await.map_err(End::Failed)?;
             }
         }

@@ -344,7 +344,7 @@ mod sql {
         ) -> Result<Branch<'_, DB>> {
             let name = crate::store::Store::name(store);
             let branch = self.core.open(name, read_only).await?;
-            Branch::of(branch).ok_or_else(|| {
+            Branch::bound(branch).ok_or_else(|| {
                 let detail = format!("store {name:?} is a database of another kind");
                 Error::new(ErrorKind::Misuse, "enlist", detail)
             })

@@ -37,7 +37,8 @@ async fn every_name_that_is_a_key_can_be_locked_waited_for_shared_and_shown() {
     let redis = connect(&server).await;
     let client = Client::of(&redis).await;
     let long = "ы".repeat(256);
-    let names = ["a{b}c", "}{", "two words", "a\nb\r\n", "k:x", "palisade:{0}:t", "鍵", "a;b,c*d", &long];
+    let names =
+        ["a{b}c", "}{", "two words", "a\nb\r\n", "k:x", "palisade:{0}:t", "鍵", "a;b,c*d", &long];
     for name in names {
         let (first, second) = (client.ask(&[(name, S)]), client.ask(&[(name, S), ("other", X)]));
         let third = client.ask(&[(name, X), ("z", X)]);
@@ -48,7 +49,9 @@ async fn every_name_that_is_a_key_can_be_locked_waited_for_shared_and_shown() {
         assert_eq!((seen.holders.len(), seen.waiters.len()), (2, 1), "{name:?}");
         redis.release(&first.part).await.unwrap();
         redis.release(&second.part).await.unwrap();
-        let Renewed::Held(Some(grant)) = renew(&redis, &third, true).await else { panic!("{name}") };
+        let Renewed::Held(Some(grant)) = renew(&redis, &third, true).await else {
+            panic!("{name}")
+        };
         assert_eq!(grant.tokens.len(), 2);
         redis.release(&third.part).await.unwrap();
         assert_eq!(left(&server), [""; 0], "{name:?}");
@@ -217,8 +220,7 @@ async fn many_leases_are_renewed_in_one_call_each_for_itself() {
         asks.push(ask);
     }
     redis.release(&asks[7].part).await.unwrap();
-    let renewals: Vec<_> =
-        asks.iter().map(|ask| crate::redis_asks::renewal(ask, false)).collect();
+    let renewals: Vec<_> = asks.iter().map(|ask| crate::redis_asks::renewal(ask, false)).collect();
     let renewed = redis.renew(P0, &renewals).await.unwrap();
     for (n, answer) in renewed.iter().enumerate() {
         assert_eq!(*answer, if n == 7 { Renewed::Lost } else { Renewed::Held(None) }, "{n}");

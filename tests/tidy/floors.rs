@@ -43,6 +43,8 @@ pub fn climbing_imports(sources: &[Source]) -> Vec<String> {
                     }
                     format!("`{from}` on floor {from_floor} imports `{to}` on floor {to_floor}")
                 }
+                // The room itself is reported as unknown.
+                (None, _) => continue,
                 _ => format!("`crate::{to}` hides its room: name it as `crate::room::{to}`"),
             };
             found.push(source.report(at, &message));
