@@ -12,20 +12,14 @@
 
 mod cancel;
 mod locks;
-#[cfg(feature = "metrics")]
+mod locks_on_redis;
 mod metrics;
-#[cfg(all(feature = "redis", feature = "postgres"))]
 mod processes;
-#[cfg(feature = "redis")]
 mod redis_asks;
-#[cfg(feature = "redis")]
 mod redis_differential;
 mod redis_locks;
 mod servers;
-#[cfg(any(feature = "sqlite", feature = "postgres"))]
 mod store_fences;
-#[cfg(feature = "sqlite")]
 mod store_sqlite;
 mod support;
-#[cfg(feature = "sqlite")]
 mod transactions;
