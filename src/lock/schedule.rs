@@ -85,11 +85,7 @@ impl Schedule {
         table.jobs.insert(request, (job, due));
         let Some(due) = due else { return };
         table.due.insert((due, request));
-        let sooner = table.wakes_at.is_none_or(|wakes_at| due < wakes_at);
-        drop(table);
-        if sooner {
-            self.changed.notify_one();
-        }
+        self.wake(table, due);
     }
 
     /// Sets the next time of a job that is still there and is still of the same kind.
@@ -103,6 +99,16 @@ impl Schedule {
                 table.due.remove(&(old, request));
             }
             table.due.insert((due, request));
+            self.wake(table, due);
+        }
+    }
+
+    /// Wakes the watchdog if it means to sleep beyond `due`.
+    fn wake(&self, table: MutexGuard<'_, Table>, due: Instant) {
+        let sooner = table.wakes_at.is_none_or(|wakes_at| due < wakes_at);
+        drop(table);
+        if sooner {
+            self.changed.notify_one();
         }
     }
 
