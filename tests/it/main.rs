@@ -23,3 +23,4 @@ mod store_fences;
 mod store_sqlite;
 mod support;
 mod transactions;
+mod transactions_on_postgres;
