@@ -127,6 +127,22 @@ async fn a_waiter_outlives_a_service_that_lost_its_memory() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_waiter_that_is_alone_in_its_process_keeps_its_place() {
+    let (backend, locks) = memory().await;
+    let first = locks.lock("k").acquire().await.unwrap();
+    // Its watchdog has nothing else to do, and must learn of the waiter.
+    let idle = another(&backend).await;
+    settle().await;
+    let lease = Duration::from_millis(300);
+    let second = tokio::spawn(idle.lock("k").ttl(lease).wait(20 * lease).acquire());
+    sleep(5 * lease).await;
+    assert_eq!(locks.inspect("k").await.unwrap().waiters.len(), 1, "it is refreshed");
+    backend.forget();
+    second.await.unwrap().expect("it asked again, and was alone").release().await.unwrap();
+    drop(first);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_dropped_guard_is_released_at_once_in_the_background() {
     let (_, locks) = memory().await;
     drop(locks.lock_all(["a", "b"]).acquire().await.unwrap());
