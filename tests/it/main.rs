@@ -7,6 +7,8 @@
 mod cancel;
 mod locks;
 mod redis_asks;
+mod redis_commands;
+mod redis_corrupt;
 mod redis_differential;
 mod redis_locks;
 mod servers;
