@@ -16,6 +16,8 @@ mod locks_on_redis;
 mod metrics;
 mod processes;
 mod redis_asks;
+mod redis_commands;
+mod redis_corrupt;
 mod redis_differential;
 mod redis_locks;
 mod servers;
