@@ -75,8 +75,8 @@ pub(super) async fn greet(
     Ok(peer)
 }
 
-/// Closes the connection that this one replaces, with whatever it still has in its buffers: a command
-/// sent there must not be run after one that is sent here.
+/// Closes the connection that this one replaces, with whatever it still has in its buffers: a
+/// command sent there must not be run after one that is sent here.
 ///
 /// Its address is part of the order, since ids begin anew when a server is restarted.
 async fn end(connection: &mut MultiplexedConnection, previous: &Peer) -> Result<(), RedisError> {

@@ -1,8 +1,8 @@
 -- Asks for all keys of a set: the slow way, behind acquire_fast.lua, slots.lua and line.lua.
 --
--- ARGV[5]: f (fresh) or i (incremental), w (wait) or t (try), then :client:limit and refresh, waiter
--- and claim times in µs. The order of the checks is that of protocol::Queue::acquire. A place in line
--- is a number from the token counter: it only grows, whatever the clock does.
+-- ARGV[5]: f (fresh) or i (incremental), w (wait) or t (try), then :client:limit and refresh,
+-- waiter and claim times in µs. The order of the checks is that of protocol::Queue::acquire. A
+-- place in line is a number from the token counter: it only grows, whatever the clock does.
 local owner, r = sub(ARGV[1], 1, 32), sub(ARGV[1], 33)
 local standing_as, wait, client, limit, refresh, life, claim =
   match(ARGV[5], '^([fi])([wt]):(%x+):(%d+):(%d+):(%d+):(%d+)$')

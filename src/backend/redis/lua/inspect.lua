@@ -1,7 +1,8 @@
 -- Shows who holds a key and who waits for it. Writes nothing.
 --
--- KEYS: 1 head, 2 line, 3 shared holders, 4 their deadlines, 5 records of waiters, 6 ends of waiters
--- Returns: now in µs, holders, waiters; or corrupt, Redis key. A holder is {owner and request, mode,
+-- KEYS: 1 head, 2 line, 3 shared holders, 4 their deadlines, 5 records of waiters, 6 ends of
+-- waiters Returns: now in µs, holders, waiters; or corrupt, Redis key. A holder is {owner and
+-- request, mode,
 --       token, deadline, place, metadata}, a waiter {owner and request, mode, since, deadline,
 --       metadata}; metadata is false without any. Holders of several owners come in no order: place,
 --       then token, tells it.

@@ -2,7 +2,8 @@
 --
 -- Stands between the fast way of a script and its slow way, so that a call that meets nobody never
 -- pays for it. Expects: call = redis.call; now = the clock in µs, read once; count = the number in
--- the token counter where it was read already, else nil. Why, and the layout: module docs of redis/mod.rs.
+-- the token counter where it was read already, else nil. Why, and the layout: module docs of
+-- redis/mod.rs.
 --
 -- Every script loads and checks, decides, writes, and saves last. Reads of what could be foreign go
 -- through pcall; after a slot is loaded, no later call on its keys can fail.
@@ -249,7 +250,8 @@ local function narrow(s, owner)
 end
 
 -- Makes an owner a holder in one more way. The caller has seen that the key is not taken, so an
--- exclusive entry has no other owner beside it, and a key of several owners has shared entries only.
+-- exclusive entry has no other owner beside it, and a key of several owners has shared entries
+-- only.
 local function add(s, owner, r, m, deadline, token)
   if s.many then
     if s.owners == 0 or lower(m) == 'x' then narrow(s, owner) end
@@ -270,7 +272,8 @@ local function add(s, owner, r, m, deadline, token)
   end
 end
 
--- Grants a request on all of its keys; a key that its owner holds keeps its token. Returns the tokens.
+-- Grants a request on all of its keys; a key that its owner holds keeps its token. Returns the
+-- tokens.
 local function hold(owner, r, wants, deadline, fresh, meta)
   local tokens, took = {}, false
   for i, w in ipairs(wants) do
