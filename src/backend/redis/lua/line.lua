@@ -87,7 +87,8 @@ local function let_in(c)
   if not token then return end
   leave(rec)
   local tokens = hold(rec.owner, rec.r, rec.wants, now + rec.claim, token, rec.meta)
-  call('PUBLISH', 'palisade:c:' .. rec.client, rec.id .. ' ' .. runs(tokens))
+  -- A push is a hint; a user who may not publish must not stop the script half-way.
+  try('PUBLISH', 'palisade:c:' .. rec.client, rec.id .. ' ' .. runs(tokens))
 end
 
 -- Grants every waiter that the changes at the dirty keys let through, in the order of arrival.
