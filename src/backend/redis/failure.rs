@@ -7,8 +7,8 @@ use crate::error::{Error, ErrorKind};
 /// What a connection says that is accepted and then hears nothing.
 pub(super) const NO_ANSWER: &str = "the Redis server accepts connections and does not answer";
 
-const PERMISSIONS: &str = "the Redis user lacks a permission; it needs ~palisade:* &palisade:c:* +@read +@write \
-     +@scripting +@pubsub +@connection +time +client|kill";
+const PERMISSIONS: &str = "the Redis user lacks a permission; it needs ~palisade:* \
+     &palisade:c:* +@read +@write +@scripting +@pubsub +@connection +time +client|kill";
 
 /// What to do about an error of a command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -83,8 +83,8 @@ pub(super) async fn greet(
     Ok(peer)
 }
 
-/// Closes the connection that this one replaces, with whatever it still has in its buffers: a command
-/// sent there must not be run after one that is sent here.
+/// Closes the connection that this one replaces, with whatever it still has in its buffers: a
+/// command sent there must not be run after one that is sent here.
 ///
 /// Its address is part of the order, since ids begin anew when a server is restarted.
 async fn end(connection: &mut MultiplexedConnection, previous: &Peer) -> Result<(), RedisError> {
@@ -143,8 +143,8 @@ async fn check_partitions(
         Some(found) if found == partitions => Ok(()),
         Some(found) if found > 0 => {
             let detail = format!(
-                "this Redis is set up for {found} partitions, and the options ask for {partitions}; \
-                 use RedisOptions with partitions: {found}"
+                "this Redis is set up for {found} partitions, and the options ask for \
+                 {partitions}; set RedisOptions::partitions to {found}"
             );
             Err(Refusal::Final(Error::new(ErrorKind::InvalidInput, OPERATION, detail)))
         }

@@ -6,8 +6,9 @@
 //! given up by their callers without any answer in between end the connection.
 //!
 //! # Why calls may be sent again
-//! Every operation is known by owner and request, so a copy changes nothing. A call is sent again on a
-//! new connection for as long as its caller waits, but no longer than the patience of the link.
+//! Every operation is known by owner and request, so a copy changes nothing. A call is sent again
+//! on a new connection for as long as its caller waits, but no longer than the patience of the
+//! link.
 
 use std::fmt;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -143,14 +144,15 @@ impl Link {
         self.changed.notify_one();
     }
 
-    /// Connects again as soon as a connection is lost on which somebody waits for pushes: nobody may
-    /// be calling then. Unsubscribes what nobody hears any more. Runs until it is dropped.
+    /// Connects again as soon as a connection is lost on which somebody waits for pushes: nobody
+    /// may be calling then. Unsubscribes what nobody hears any more. Runs until it is dropped.
     pub(super) async fn keep(self: Arc<Self>) {
         loop {
             match self.current() {
                 Some(live) => {
                     for channel in self.subscribers.take_left() {
-                        // A push to nobody is harmless, and the next connection does not ask for it.
+                        // A push to nobody is harmless, and the next connection does not ask for
+                        // it.
                         let _ = live.connection.clone().unsubscribe(channel).await;
                     }
                     tokio::select! {

@@ -71,7 +71,8 @@ impl Queue {
         floor: Option<FencingToken>,
         metadata: &Option<String>,
     ) -> Result<Vec<FencingToken>, Corrupt> {
-        let old: Vec<_> = wants.iter().map(|want| self.token_of_owner(now_us, id.0, &want.key)).collect();
+        let old: Vec<_> =
+            wants.iter().map(|want| self.token_of_owner(now_us, id.0, &want.key)).collect();
         let fresh = if old.iter().any(Option::is_none) {
             let token = next_token(self.last, now_us, floor)?;
             self.last = Some(token);
