@@ -1,6 +1,7 @@
 -- Shows who holds a key and who waits for it. Writes nothing.
 --
 -- KEYS: 1 head, 2 line, 3 shared holders, 4 their deadlines, 5 records of waiters, 6 their ends
+-- ARGV: none
 -- Returns: now in µs, holders, waiters; or corrupt, Redis key.
 --       holder: owner and request, mode, token, deadline, place, metadata
 --       waiter: owner and request, mode, since, deadline, metadata

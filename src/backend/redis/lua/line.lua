@@ -1,5 +1,7 @@
 -- What the writing scripts share, second half: who waits, who is next, and saving.
--- Behind slots.lua.
+--
+-- KEYS, ARGV: those of the script that it is part of; only wants_of looks at them
+-- Returns: nothing; it defines what the script's own part uses. Stands behind slots.lua
 
 -- The record of a request that waits, or nil. Names are separated by NUL, which no key contains.
 local function record(id)

@@ -1,5 +1,8 @@
 -- What the writing scripts share, first half: what stands at a key, and who holds it.
 --
+-- KEYS, ARGV: those of the script that it is part of; from KEYS[1] the prefix of the partition
+-- Returns: nothing; it defines what line.lua and the script's own part use
+--
 -- Stands between the fast way of a script and its slow way, so that a call that meets nobody never
 -- pays for it. Expects: call = redis.call; now = the clock in µs, read once; count = the number in
 -- the token counter where it was read already, else nil. The layout, and why: docs of redis/mod.rs.
