@@ -21,6 +21,8 @@ mod redis_commands;
 mod redis_corrupt;
 mod redis_differential;
 mod redis_locks;
+mod redis_outage;
+mod redis_states;
 mod servers;
 mod store_fences;
 mod store_sqlite;

@@ -248,7 +248,7 @@ impl Live {
         let mut connection = self.connection.clone();
         let answer = tokio::select! {
             biased;
-            answer = connection.send_packed_command(command) => answer,
+            answer = greeting::ask(&mut connection, command) => answer,
             () = self.retired.cancelled() => {
                 Err(std::io::Error::from(std::io::ErrorKind::NotConnected).into())
             }

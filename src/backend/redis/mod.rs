@@ -11,7 +11,7 @@
 //! | key | type | what |
 //! |---|---|---|
 //! | `t` | string | token counter; the only key that never expires, with `palisade:partitions` |
-//! | `k:<key>` | string | head: who holds the key. Its absence means that nobody holds it or waits |
+//! | `k:<key>` | string | head: who holds the key. Where it is missing, nobody holds it or waits |
 //! | `h:<key>` | hash | shared holders of several owners: owner → token and entries |
 //! | `d:<key>` | sorted set | deadlines of those entries |
 //! | `q:<key>` | sorted set | the line: mode and id of each waiter, by place |
@@ -40,6 +40,15 @@
 //! at a key next finds what has lapsed there, and promotes in the same step; waiters look when they
 //! refresh. Waiters that stopped refreshing are found by the next script that looks at anything in
 //! the partition.
+//!
+//! # What it relies on
+//! - An owner has at most one waiting request; its clients see to that. A second one would be safe,
+//!   and may be granted later than it could be.
+//! - The number of partitions is compared when a connection is made. A server that was emptied
+//!   under running clients takes the number of whoever connects next.
+//! - A connection that replaces another one first has the old one closed by the server, so that a
+//!   command in the old one's buffers is not run after its copy. Behind a unix socket, where
+//!   connections cannot be told apart, such a copy may hold a released lock for one more lease.
 
 mod failure;
 mod greeting;
@@ -123,11 +132,12 @@ impl RedisBackend {
     /// `redis+unix:///path?db=0&user=…&pass=…` (or `unix:`). TLS (`rediss:`) is not supported yet.
     ///
     /// # Errors
-    /// - [`InvalidInput`](ErrorKind::InvalidInput): the URL or an option is wrong, before any I/O; or
-    ///   the server is set up for another number of partitions.
+    /// - [`InvalidInput`](ErrorKind::InvalidInput): the URL or an option is wrong, before any I/O;
+    ///   or the server is set up for another number of partitions.
     /// - [`Unavailable`](ErrorKind::Unavailable): the server was not reached within
     ///   [`RedisOptions::reconnect_for`].
-    /// - [`Denied`](ErrorKind::Denied): the server refused the user name, the password, or a command.
+    /// - [`Denied`](ErrorKind::Denied): the server refused the user name, the password, or a
+    ///   command.
     /// - [`Corrupt`](ErrorKind::Corrupt): the number of partitions at the server is not one.
     ///
     /// # Cancel safety

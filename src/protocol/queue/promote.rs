@@ -71,7 +71,8 @@ impl Queue {
         floor: Option<FencingToken>,
         metadata: &Option<String>,
     ) -> Result<Vec<FencingToken>, Corrupt> {
-        let old: Vec<_> = wants.iter().map(|want| self.token_of_owner(id.0, &want.key)).collect();
+        let old: Vec<_> =
+            wants.iter().map(|want| self.token_of_owner(now_us, id.0, &want.key)).collect();
         let fresh = if old.iter().any(Option::is_none) {
             let token = next_token(self.last, now_us, floor)?;
             self.last = Some(token);
@@ -89,9 +90,16 @@ impl Queue {
         Ok(tokens)
     }
 
-    fn token_of_owner(&self, owner: OwnerId, key: &ResourceKey) -> Option<FencingToken> {
-        let entries = &self.keys.get(key)?.entries;
-        entries.iter().filter(|(id, _)| id.0 == owner).find_map(|(id, _)| self.token_on(*id, key))
+    /// What lapsed is no longer held, though nobody has found it yet: its token is not passed on.
+    fn token_of_owner(
+        &self,
+        now_us: u64,
+        owner: OwnerId,
+        key: &ResourceKey,
+    ) -> Option<FencingToken> {
+        let entries = self.keys.get(key)?.entries.iter();
+        let mut held = entries.filter(|(id, _)| id.0 == owner && self.is_live(now_us, *id));
+        held.find_map(|(id, _)| self.token_on(*id, key))
     }
 
     /// Takes a request out of everything it is in. Returns the keys on which something got weaker.

@@ -14,7 +14,7 @@ local wants = wants_of(3, #KEYS - 2, ARGV[3])
 local function foreign()
   for _, w in ipairs(wants) do
     local s = load(w.name)
-    if s.bad then return {'corrupt', s.bad} end
+    if s.bad or s.stuck then return {'corrupt', s.bad or s.stuck} end
   end
 end
 
@@ -77,7 +77,7 @@ for i, w in ipairs(wants) do
   local s = slot(w.name)
   names[i] = w.name
   call('ZADD', s.q, text(number), w.m .. ARGV[1])
-  s.changed = s.changed or s.line == 0
+  s.changed = s.changed or s.line == 0 and not s.many
   s.line = s.line + 1
   s.need = math.max(s.need, ends)
 end

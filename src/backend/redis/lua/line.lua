@@ -1,5 +1,7 @@
--- What the writing scripts share, second half: who waits, who is next, and saving. Behind
--- slots.lua.
+-- What the writing scripts share, second half: who waits, who is next, and saving.
+--
+-- KEYS, ARGV: those of the script that it is part of; only wants_of looks at them
+-- Returns: nothing; it defines what the script's own part uses. Stands behind slots.lua
 
 -- The record of a request that waits, or nil. Names are separated by NUL, which no key contains.
 local function record(id)
@@ -28,7 +30,7 @@ local function leave(rec)
     local s = slot(w.name)
     if not s.bad then
       s.line = s.line - call('ZREM', s.q, w.m .. rec.id)
-      s.changed = true
+      s.changed = s.changed or not s.many
     end
   end
 end
@@ -77,7 +79,7 @@ local function let_in(c)
   local rec = record(c.id)
   if not rec then -- its record was deleted by somebody else
     c.s.line = c.s.line - call('ZREM', c.s.q, c.member)
-    c.s.changed = true
+    c.s.changed = c.s.changed or not c.s.many
     return weaken(c.s)
   end
   for _, w in ipairs(rec.wants) do
@@ -88,12 +90,13 @@ local function let_in(c)
   if not token then return end
   leave(rec)
   local tokens = hold(rec.owner, rec.r, rec.wants, now + rec.claim, token, rec.meta)
-  call('PUBLISH', 'palisade:c:' .. rec.client, rec.id .. ' ' .. runs(tokens))
+  -- A push is a hint; a user who may not publish must not stop the script half-way.
+  try('PUBLISH', 'palisade:c:' .. rec.client, rec.id .. ' ' .. runs(tokens))
 end
 
--- Grants every waiter that the changes at the dirty keys let through, in the order of arrival. A
--- grant lets nobody else through, so one pass is enough for what is known; a lapse that is found on
--- the way makes another pass.
+-- Grants every waiter that the changes at the dirty keys let through, in the order of arrival.
+-- A grant lets nobody else through, so one pass is enough for what is known; a lapse that is found
+-- on the way makes another pass.
 local function promote()
   while #dirty > 0 do
     local found, seen = {}, {}
@@ -150,8 +153,8 @@ local function give_up(owner, r, wants)
   if rec then drop(rec) end
 end
 
--- Writes back what changed; the records of waiters live as long as the longest line. Returns
--- `reply`.
+-- Writes back what changed; the records of waiters live as long as the longest line.
+-- Returns `reply`.
 local function save(reply)
   local longest = 0
   for _, s in ipairs(order) do
