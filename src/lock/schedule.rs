@@ -85,7 +85,7 @@ impl Schedule {
         table.jobs.insert(request, (job, due));
         let Some(due) = due else { return };
         table.due.insert((due, request));
-        self.wake_for(table, due);
+        self.wake(table, due);
     }
 
     /// Sets the next time of a job that is still there and is still of the same kind.
@@ -99,7 +99,16 @@ impl Schedule {
                 table.due.remove(&(old, request));
             }
             table.due.insert((due, request));
-            self.wake_for(table, due);
+            self.wake(table, due);
+        }
+    }
+
+    /// Wakes the watchdog if it means to sleep beyond `due`.
+    fn wake(&self, table: MutexGuard<'_, Table>, due: Instant) {
+        let sooner = table.wakes_at.is_none_or(|wakes_at| due < wakes_at);
+        drop(table);
+        if sooner {
+            self.changed.notify_one();
         }
     }
 
@@ -233,15 +242,6 @@ impl Schedule {
         let since = at.saturating_duration_since(self.epoch).as_micros();
         let down = u64::try_from(since % grid).unwrap_or(0);
         at - Duration::from_micros(down)
-    }
-
-    /// Wakes the watchdog if it means to sleep beyond `due`.
-    fn wake_for(&self, table: MutexGuard<'_, Table>, due: Instant) {
-        let sooner = table.wakes_at.is_none_or(|wakes_at| due < wakes_at);
-        drop(table);
-        if sooner {
-            self.changed.notify_one();
-        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Table> {

@@ -10,7 +10,11 @@ pub(crate) mod postgres;
 #[cfg(feature = "sqlite")]
 pub(crate) mod sqlite;
 
-pub(crate) use classify::{Failed, classify, is_benign, kind_of, refuse};
+pub(crate) use classify::{Failed, classify, is_benign, refuse};
+#[cfg(feature = "sqlite")]
+pub(crate) use classify::kind_of;
+#[cfg(feature = "postgres")]
+pub(crate) use classify::{lost_reply, sqlstate};
 pub(crate) use migrations::{File, migrate};
 
 /// The most rows that one round of a purge deletes in one statement.

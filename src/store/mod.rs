@@ -13,6 +13,8 @@ mod branch;
 mod core;
 #[cfg(any(feature = "sqlite", feature = "postgres"))]
 mod database;
+#[cfg(feature = "postgres")]
+mod postgres;
 #[cfg(any(feature = "sqlite", feature = "postgres"))]
 mod progress;
 #[cfg(any(feature = "sqlite", feature = "postgres"))]
@@ -39,6 +41,8 @@ use crate::types::{FencingToken, Lease, LeaseState, Mode, OwnerId, ResourceKey};
 pub use branch::Branch;
 #[cfg(any(feature = "sqlite", feature = "postgres"))]
 pub use database::SqlDatabase;
+#[cfg(feature = "postgres")]
+pub use postgres::Isolation;
 #[cfg(any(feature = "sqlite", feature = "postgres"))]
 pub use sql_store::{Purged, SqlStore};
 

@@ -5,6 +5,10 @@
 //! process that is *stopped* while it has a branch open blocks the writers of the file until it goes
 //! on or dies. Give each transaction little to do, or use a server.
 //!
+//! A database in memory lives in its one connection, which palisade never closes while it can be proven
+//! clean; but sqlx drops it when a call is cancelled while the pool tests it. Build such a pool with
+//! `test_before_acquire(false)`.
+//!
 //! Why a savepoint right after the fence? `COMMIT` of another transaction than the one that was fenced,
 //! after the program sent a `COMMIT` of its own, would go unnoticed; `RELEASE` of a savepoint that only
 //! the fenced transaction has does not.

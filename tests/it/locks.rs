@@ -334,3 +334,15 @@ async fn ten_thousand_leases_are_renewed_in_batches() {
     assert!(guards.iter().all(|guard| guard.is_held()));
     assert_eq!(locks.statistics().lost, 0);
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_lapse_is_found_by_a_waiter_that_has_nothing_else_to_do() {
+    let (backend, locks) = memory().await;
+    let request = locks.lock("k").ttl(Duration::from_secs(1)).auto_renew(false);
+    std::mem::forget(request.acquire().await.unwrap());
+    let there = another(&backend).await;
+    let started = Instant::now();
+    let guard = there.lock("k").acquire().await.unwrap();
+    assert!(started.elapsed() < Duration::from_millis(1_100), "{:?}", started.elapsed());
+    guard.release().await.unwrap();
+}

@@ -1,9 +1,9 @@
 //! A process that takes a lock, says how far it got, and does what its standard input says; the
 //! tests stop and kill it at a step of their choice.
 //!
-//! `holder LOCKS_URL STORE_URL LEASE_MS KEY STEP` with STEP `lock` (begin, no branch), `write` (begin,
-//! branch, an update that is not committed) or `wait` (begin, waiting in line). It prints `waiting`,
-//! `locked` or `written`, then reads `write` or `commit` and prints what came of it.
+//! `holder LOCKS_URL STORE_URL LEASE_MS KEY STEP` with STEP `lock` (begin, no branch), `write`
+//! (begin, branch, an update that is not committed) or `wait` (begin, waiting in line). It prints
+//! `waiting`, `locked` or `written`, then reads `write` or `commit` and prints what came of it.
 
 use std::io::{BufRead, Write};
 use std::time::Duration;

@@ -119,17 +119,41 @@ pub fn vague_name(path: &str) -> Option<String> {
     Some(format!("{path}:1: `{vague}` says nothing about what is inside"))
 }
 
-/// A script or a statement whose file does not begin by saying what it does.
-pub fn missing_header(path: &str, text: &str) -> Option<String> {
-    let header: Vec<&str> = text.lines().take_while(|line| line.starts_with("--")).collect();
-    let header = header.join("\n");
-    if header.trim_matches(['-', ' ', '\n']).is_empty() {
+/// A script or a statement whose file does not begin by saying what it does. A piece of a script may
+/// name another file beside it that says the rest; `read` gives the text of a file.
+pub fn missing_header(path: &str, read: impl Fn(&str) -> String) -> Option<String> {
+    let text = header(&read(path));
+    if text.trim_matches(['-', ' ', '\n']).is_empty() {
         return Some(format!("{path}:1: no header comment"));
     }
-    let required: &[&str] = if path.ends_with(".lua") { &["KEYS", "ARGV", "Returns"] } else { &[] };
-    let missing: Vec<&str> = required.iter().copied().filter(|w| !header.contains(w)).collect();
+    let missing = missing_in_script(&text);
+    if !path.ends_with(".lua") || missing.is_empty() {
+        return None;
+    }
+    let mut names = text.split(|c: char| !(c.is_alphanumeric() || "_.".contains(c)));
+    let explained = names.any(|name| {
+        let name = name.trim_end_matches('.');
+        let beside =
+            path.rsplit_once('/').map_or(name.to_owned(), |(at, _)| format!("{at}/{name}"));
+        name.ends_with(".lua") && missing_in_script(&header(&read(&beside))).is_empty()
+    });
     let message = format!("{path}:1: the header does not mention {}", missing.join(", "));
-    (!missing.is_empty()).then_some(message)
+    (!explained).then_some(message)
+}
+
+fn header(text: &str) -> String {
+    let lines: Vec<&str> = text.lines().take_while(|line| line.starts_with("--")).collect();
+    lines.join("\n")
+}
+
+fn missing_in_script(header: &str) -> Vec<&'static str> {
+    let returns = header.contains("Returns") || header.contains("returns");
+    let required = [
+        ("KEYS", header.contains("KEYS")),
+        ("ARGV", header.contains("ARGV")),
+        ("Returns", returns),
+    ];
+    required.into_iter().filter(|(_, there)| !there).map(|(word, _)| word).collect()
 }
 
 /// Absolute paths that exist on one machine only.
@@ -252,11 +276,20 @@ mod tests {
 
     #[test]
     fn a_script_must_begin_with_what_it_takes_and_returns() {
-        assert!(missing_header("a.sql", "SELECT 1").is_some());
-        assert!(missing_header("a.sql", "--\nSELECT 1").is_some());
-        assert!(missing_header("a.sql", "-- One.\nSELECT 1").is_none());
-        assert!(missing_header("a.lua", "-- KEYS, ARGV\nreturn 1").unwrap().ends_with("Returns"));
-        assert!(missing_header("a.lua", "-- KEYS: k.\n-- ARGV: a.\n-- Returns 1.\n").is_none());
+        let check = |path: &str, text: &str| {
+            missing_header(path, |name| match name {
+                "b/whole.lua" => "-- KEYS: k.\n-- ARGV: a.\n-- Returns 1.\nreturn 1".to_owned(),
+                name if name == path => text.to_owned(),
+                _ => String::new(),
+            })
+        };
+        assert!(check("a.sql", "SELECT 1").is_some());
+        assert!(check("a.sql", "--\nSELECT 1").is_some());
+        assert!(check("a.sql", "-- One.\nSELECT 1").is_none());
+        assert!(check("b/a.lua", "-- KEYS, ARGV\nreturn 1").unwrap().ends_with("mention Returns"));
+        assert!(check("b/a.lua", "-- A piece of other.lua.").is_some());
+        assert!(check("b/a.lua", "-- A piece of whole.lua.").is_none());
+        assert!(check("b/whole.lua", "").is_none());
     }
 
     #[test]

@@ -39,8 +39,9 @@ end
 local function packed(v)
   local m, id, token = match(v, '^%-([xsXS])(%x+):(%d+)$')
   if m then
-    add(sub(id, 1, 32), token, m, sub(id, 33), now + call('PTTL', KEYS[1]) * 1000, '0')
-    return #id == 48
+    local left = call('PTTL', KEYS[1])
+    add(sub(id, 1, 32), token, m, sub(id, 33), now + left * 1000, '0')
+    return #id == 48 and left >= 0
   end
   local owner, of, rest = match(v, '^=(%x+):(%d+)(;.+)$')
   return v == '=' or owner and #owner == 32 and each(rest, function(mode, r, n, i)

@@ -53,8 +53,9 @@ local function bury()
   return true
 end
 
--- Collects the waiters at a key that the key itself would let in. Behind the first that wants to be
--- alone nobody can be: it is in the way of all who came later, in line or as a holder.
+-- Collects the waiters at a key that the key itself would let in. Nobody behind the first that wants
+-- to be alone can be: it is in the way of all who came later, in line or as a holder. (Of all but its
+-- own owner: but an owner has one waiting request, and its clients see to that.)
 local function front(s, found)
   local from, size = 0, 8
   while from < s.line do
