@@ -11,6 +11,7 @@
 )]
 
 mod cancel;
+mod examples;
 mod hazards;
 mod locks;
 mod locks_on_redis;
