@@ -8,7 +8,9 @@ use tracing::Instrument;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::protocol::Backoff;
-use crate::types::{FencingToken, Lease, LeaseState, MAX_KEYS, MAX_WAIT, Mode, OwnerId, ResourceKey, Want};
+use crate::types::{
+    FencingToken, Lease, LeaseState, MAX_KEYS, MAX_WAIT, Mode, OwnerId, ResourceKey, Want,
+};
 
 use super::guard::{LockGuard, Locked};
 use super::service::{Order, Service};

@@ -196,8 +196,9 @@ fn check(fence: &Fence) -> Result<()> {
     }
     if !fence.state.is_held() {
         let detail = "the lease was lost, so another transaction may hold the keys now";
-        return Err(Error::new(ErrorKind::LeaseLost, "enlist", detail)
-            .with_transaction(fence.attempt));
+        return Err(
+            Error::new(ErrorKind::LeaseLost, "enlist", detail).with_transaction(fence.attempt)
+        );
     }
     Ok(())
 }

@@ -28,9 +28,7 @@ use uuid::Uuid;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::sql::sqlite::{FENCE, LOOK, MIGRATIONS, PURGE, TOKENS, WATERMARK, json};
-use crate::sql::{
-    PURGE_BATCH, PURGE_GRACE, classify, kind_of, migrate, refuse,
-};
+use crate::sql::{PURGE_BATCH, PURGE_GRACE, classify, kind_of, migrate, refuse};
 use crate::types::{Mode, OwnerId, Want};
 
 use super::core::doubt;
@@ -210,8 +208,9 @@ impl Driver for Sqlite {
             let wants = missing.iter().map(|held| Want::new(held.key.clone(), held.mode)).collect();
             let detail = "a branch that reads a snapshot cannot take further keys; declare them \
                           when the transaction begins";
-            return Ok(Err(Error::new(ErrorKind::WouldDeadlock, "fence", detail)
-                .with_declare(wants)));
+            return Ok(Err(
+                Error::new(ErrorKind::WouldDeadlock, "fence", detail).with_declare(wants)
+            ));
         }
         run(conn, "SAVEPOINT palisade_extend").await?;
         let passed = match pass(conn, fence, &missing, Some(fence.attempt)).await {
@@ -378,9 +377,9 @@ async fn pass(
 }
 
 fn array(held: &[Held]) -> String {
-    json(held.iter().map(|held| {
-        (held.key.as_str(), held.mode == Mode::Exclusive, held.token.get())
-    }))
+    json(
+        held.iter().map(|held| (held.key.as_str(), held.mode == Mode::Exclusive, held.token.get())),
+    )
 }
 
 async fn tokens(conn: &mut SqliteConnection, held: &[Held]) -> Result<Vec<Tokens>, sqlx::Error> {

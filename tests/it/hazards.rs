@@ -15,7 +15,7 @@ use palisade::{
 use sqlx::Sqlite;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions};
 use tempfile::TempDir;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 
 /// A lock service in memory that answers late, hangs or panics on demand.
 #[derive(Debug)]

@@ -96,8 +96,9 @@ async fn pass(
 async fn meet(session: &mut Session<Postgres>, fence: &Fence, error: sqlx::Error) -> Result<()> {
     if !fence.state.is_held() {
         let detail = "the lease was lost while the fence waited for another branch";
-        return Err(Error::new(ErrorKind::LeaseLost, "fence", detail)
-            .with_transaction(fence.attempt));
+        return Err(
+            Error::new(ErrorKind::LeaseLost, "fence", detail).with_transaction(fence.attempt)
+        );
     }
     let waited = matches!(&*sqlstate(&error), "55P03" | "57014");
     if waited {
