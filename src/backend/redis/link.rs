@@ -124,7 +124,8 @@ impl Link {
         let mut patience = Patience::new(self.patience);
         loop {
             let live = self.live("subscribe", &mut patience).await?;
-            let Err(error) = live.connection.clone().subscribe(channel).await else {
+            let mut connection = live.connection.clone();
+            let Err(error) = live.answer(connection.subscribe(channel)).await else {
                 self.changed.notify_one();
                 return Ok(());
             };
@@ -153,7 +154,8 @@ impl Link {
                     for channel in self.subscribers.take_left() {
                         // A push to nobody is harmless, and the next connection does not ask for
                         // it.
-                        let _ = live.connection.clone().unsubscribe(channel).await;
+                        let mut connection = live.connection.clone();
+                        let _ = live.answer(connection.unsubscribe(channel)).await;
                     }
                     tokio::select! {
                         () = live.retired.cancelled() => {}
@@ -244,11 +246,19 @@ impl fmt::Debug for Link {
 
 impl Live {
     async fn send(&self, command: &Cmd) -> Result<Value, RedisError> {
-        let call = Unanswered(self);
         let mut connection = self.connection.clone();
+        self.answer(greeting::ask(&mut connection, command)).await
+    }
+
+    /// Waits for an answer for as long as this connection is the one in use.
+    async fn answer<T>(
+        &self,
+        answer: impl Future<Output = Result<T, RedisError>>,
+    ) -> Result<T, RedisError> {
+        let call = Unanswered(self);
         let answer = tokio::select! {
             biased;
-            answer = greeting::ask(&mut connection, command) => answer,
+            answer = answer => answer,
             () = self.retired.cancelled() => {
                 Err(std::io::Error::from(std::io::ErrorKind::NotConnected).into())
             }
