@@ -106,7 +106,10 @@ impl Link {
             };
             match remedy(&error) {
                 Remedy::SendText => match text() {
-                    Some(text) => command = text,
+                    Some(text) => {
+                        command = text;
+                        continue;
+                    }
                     None => return Err(explain(operation, error)),
                 },
                 Remedy::Reconnect => live.retired.cancel(),
@@ -152,8 +155,7 @@ impl Link {
             match self.current() {
                 Some(live) => {
                     for channel in self.subscribers.take_left() {
-                        // A push to nobody is harmless, and the next connection does not ask for
-                        // it.
+                        // A push to nobody is harmless; the next connection asks for none.
                         let mut connection = live.connection.clone();
                         let _ = live.answer(connection.unsubscribe(channel)).await;
                     }
@@ -255,7 +257,7 @@ impl Live {
         &self,
         answer: impl Future<Output = Result<T, RedisError>>,
     ) -> Result<T, RedisError> {
-        let call = Unanswered(self);
+        let mut call = OnItsWay { live: self, answered: false };
         let answer = tokio::select! {
             biased;
             answer = answer => answer,
@@ -263,27 +265,27 @@ impl Live {
                 Err(std::io::Error::from(std::io::ErrorKind::NotConnected).into())
             }
         };
-        call.answered();
+        call.answered = true;
         answer
     }
 }
 
 /// A call on its way. Dropped without an answer, it counts against its connection.
-struct Unanswered<'a>(&'a Live);
-
-impl Unanswered<'_> {
-    fn answered(self) {
-        self.0.abandoned.store(0, Ordering::Relaxed);
-        *lock(&self.0.answered_at) = Instant::now();
-        std::mem::forget(self);
-    }
+struct OnItsWay<'a> {
+    live: &'a Live,
+    answered: bool,
 }
 
-impl Drop for Unanswered<'_> {
+impl Drop for OnItsWay<'_> {
     fn drop(&mut self) {
-        let abandoned = self.0.abandoned.fetch_add(1, Ordering::Relaxed) + 1;
-        if abandoned >= STALLED_CALLS && lock(&self.0.answered_at).elapsed() >= STALLED_FOR {
-            self.0.retired.cancel();
+        let Live { abandoned, answered_at, retired, .. } = self.live;
+        if self.answered {
+            abandoned.store(0, Ordering::Relaxed);
+            *lock(answered_at) = Instant::now();
+        } else if abandoned.fetch_add(1, Ordering::Relaxed) + 1 >= STALLED_CALLS
+            && lock(answered_at).elapsed() >= STALLED_FOR
+        {
+            retired.cancel();
         }
     }
 }
