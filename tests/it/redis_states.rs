@@ -57,9 +57,13 @@ async fn a_url_that_cannot_be_one_is_refused_before_any_connection_and_not_repea
         assert_eq!(error.kind(), ErrorKind::InvalidInput, "{url}: {error:?}");
         assert!(begun.elapsed() < Duration::from_secs(5));
     }
-    let none = RedisOptions { partitions: 0, ..RedisOptions::default() };
-    let error = RedisBackend::connect("redis://127.0.0.1:1", none).await.unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::InvalidInput);
+    for none in [
+        RedisOptions { partitions: 0, ..RedisOptions::default() },
+        RedisOptions { reconnect_for: Duration::ZERO, ..RedisOptions::default() },
+    ] {
+        let error = RedisBackend::connect("redis://127.0.0.1:1", none).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidInput);
+    }
 }
 
 #[tokio::test]

@@ -144,8 +144,8 @@ impl RedisBackend {
     /// Dropping the future closes the connection and leaves at most the number of partitions.
     pub async fn connect(url: &str, options: RedisOptions) -> Result<Self> {
         let RedisOptions { partitions, reconnect_for } = options;
-        if partitions == 0 {
-            return Err(invalid("at least one partition is needed"));
+        if partitions == 0 || reconnect_for.is_zero() {
+            return Err(invalid("at least one partition and some time to connect are needed"));
         }
         let client = client(url)?;
         let subscribers = Arc::new(Subscribers::default());

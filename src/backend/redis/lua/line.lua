@@ -65,10 +65,11 @@ local function front(s, found)
     local w = call('ZRANGE', s.q, from, from + size - 1, 'WITHSCORES')
     for i = 1, #w, 2 do
       local m, id = sub(w[i], 1, 1), sub(w[i], 2)
-      if not taken(s, sub(id, 1, 32), m) then
+      local open = not taken(s, sub(id, 1, 32), m)
+      if open then
         found[#found + 1] = {ticket = tonumber(w[i + 1]), id = id, s = s, member = w[i]}
       end
-      if m == 'x' and call('HEXISTS', W, id) == 1 then return end
+      if m == 'x' and (open or call('HEXISTS', W, id) == 1) then return end
     end
     from, size = from + size, size * 4
   end
