@@ -22,6 +22,8 @@ mod redis_differential;
 mod redis_locks;
 mod servers;
 mod store_fences;
+mod store_postgres;
+mod store_postgres_facts;
 mod store_sqlite;
 mod support;
 mod transactions;

@@ -13,6 +13,7 @@ mod directory;
 mod port;
 mod postgres;
 mod process;
+mod proxy;
 mod redis;
 
 use std::time::Duration;
@@ -21,6 +22,7 @@ use tokio::time::{Instant, sleep};
 
 pub use directory::Directory;
 pub use postgres::PostgresServer;
+pub use proxy::{Fault, Proxy};
 pub use redis::RedisServer;
 
 /// Waits until `condition` holds, asking every few milliseconds.
