@@ -26,6 +26,8 @@ mod redis_outage;
 mod redis_states;
 mod servers;
 mod store_fences;
+mod store_postgres;
+mod store_postgres_facts;
 mod store_sqlite;
 mod support;
 mod transactions;

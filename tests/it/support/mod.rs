@@ -13,6 +13,7 @@ mod directory;
 mod port;
 mod postgres;
 mod process;
+mod proxy;
 mod redis;
 
 use std::path::PathBuf;
@@ -23,6 +24,7 @@ use tokio::time::{Instant, sleep};
 pub use directory::Directory;
 pub use postgres::PostgresServer;
 pub use process::{children, is_alive};
+pub use proxy::{Fault, Proxy};
 pub use redis::RedisServer;
 
 /// Where cargo puts the example `name`, seen from a test.
