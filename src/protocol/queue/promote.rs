@@ -9,9 +9,20 @@ use super::{Held, Id, Queue, keys, micros};
 
 impl Queue {
     /// The strongest mode in which `owner` holds `key`.
-    pub(super) fn strongest(&self, owner: OwnerId, key: &ResourceKey) -> Option<Mode> {
-        let entries = &self.keys.get(key)?.entries;
-        entries.iter().filter(|(id, _)| id.0 == owner).map(|(_, mode)| *mode).max()
+    pub(super) fn strongest(&self, now_us: u64, owner: OwnerId, key: &ResourceKey) -> Option<Mode> {
+        self.entries_of(now_us, owner, key).map(|(_, mode)| mode).max()
+    }
+
+    /// The entries of `owner` on `key`, without those that have lapsed and were not found yet: others
+    /// may have held the key since.
+    fn entries_of(
+        &self,
+        now_us: u64,
+        owner: OwnerId,
+        key: &ResourceKey,
+    ) -> impl Iterator<Item = (Id, Mode)> {
+        let entries = self.keys.get(key).into_iter().flat_map(|slot| &slot.entries).copied();
+        entries.filter(move |(id, _)| id.0 == owner && self.is_live(now_us, *id))
     }
 
     pub(super) fn token_on(&self, id: Id, key: &ResourceKey) -> Option<FencingToken> {
@@ -32,7 +43,7 @@ impl Queue {
     /// The first key on which a request that is not in line yet is blocked.
     pub(super) fn blocked_on(&self, now_us: u64, ask: &Acquire) -> Option<ResourceKey> {
         let blocked = ask.part.wants.iter().find(|want| {
-            let re_enters = self.strongest(ask.part.owner, &want.key) >= Some(want.mode);
+            let re_enters = self.strongest(now_us, ask.part.owner, &want.key) >= Some(want.mode);
             let respects_line = if re_enters {
                 self.rules.re_entry_behind_waiters
             } else {
@@ -51,6 +62,12 @@ impl Queue {
                 id.0 != owner && mode.conflicts(want.mode) && self.is_live(now_us, *id)
             })
         })
+    }
+
+    /// Whether the owner holds the key in a weaker mode. Then the grant would be an upgrade, with a
+    /// token that other readers may have passed.
+    fn upgrades(&self, now_us: u64, owner: OwnerId, want: &Want) -> bool {
+        self.strongest(now_us, owner, &want.key).is_some_and(|have| have < want.mode)
     }
 
     /// Whether a conflicting waiter of another owner stands in line before `me`, or at all.
@@ -97,9 +114,7 @@ impl Queue {
         owner: OwnerId,
         key: &ResourceKey,
     ) -> Option<FencingToken> {
-        let entries = self.keys.get(key)?.entries.iter();
-        let mut held = entries.filter(|(id, _)| id.0 == owner && self.is_live(now_us, *id));
-        held.find_map(|(id, _)| self.token_on(*id, key))
+        self.entries_of(now_us, owner, key).find_map(|(id, _)| self.token_on(id, key))
     }
 
     /// Takes a request out of everything it is in. Returns the keys on which something got weaker.
@@ -156,6 +171,7 @@ impl Queue {
         let fresh = waiting.standing == Standing::Fresh || self.rules.incremental_behind_waiters;
         let blocked = waiting.wants.iter().any(|want| {
             self.is_taken(now_us, id.0, want)
+                || (!self.rules.upgrade_waits && self.upgrades(now_us, id.0, want))
                 || (fresh && self.has_earlier(now_us, id.0, Some(id), want))
         });
         if blocked {

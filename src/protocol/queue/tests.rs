@@ -194,6 +194,19 @@ fn a_late_copy_of_a_cancelled_request_is_never_granted() {
 }
 
 #[test]
+fn a_cancel_that_is_sent_twice_is_remembered_once_and_not_for_ever() {
+    let mut b = Bench::new();
+    let o1 = b.owner();
+    let ask = b.ask(o1, &[("k", X)]);
+    b.queue.cancel(b.now_us, &ask.part).unwrap();
+    let once = b.queue.clone();
+    b.queue.cancel(b.now_us, &ask.part).unwrap();
+    assert_eq!(b.queue, once);
+    b.queue.sweep(b.now_us + micros(TOMBSTONE)).unwrap();
+    assert_eq!(b.queue, Queue::default());
+}
+
+#[test]
 fn cancelling_a_waiter_lets_those_behind_it_through() {
     let mut b = Bench::new();
     let (o1, o2, o3) = (b.owner(), b.owner(), b.owner());
@@ -228,4 +241,61 @@ fn sweeping_leaves_nothing_of_what_has_lapsed() {
     b.acquire(&waiter);
     b.queue.sweep(b.now_us + 10_000_000).unwrap();
     assert!(b.queue.is_idle());
+}
+
+#[test]
+fn a_waiter_is_not_promoted_to_an_upgrade_of_what_its_owner_came_to_hold() {
+    let mut b = Bench::new();
+    let (o1, o2) = (b.owner(), b.owner());
+    let (reader, writer) = (b.ask(o1, &[("k", S)]), b.ask(o2, &[("k", X)]));
+    b.acquire(&reader);
+    assert!(matches!(b.acquire(&writer), Acquired::Queued { .. }));
+    // Another process, to which the writer's owner id was sent, reads.
+    let elsewhere = Acquire { wait: false, ..b.ask(o2, &[("k", S)]) };
+    let shared = tokens(&b.acquire(&elsewhere))[0];
+    b.release(&reader);
+    assert_eq!(b.handed(), [], "its own shared entry is in the way");
+    b.release(&elsewhere);
+    let over = b.queue.take_hand_overs().remove(0);
+    assert_eq!(over.grant.request, writer.part.request);
+    assert!(over.grant.tokens[0].get() > shared);
+}
+
+#[test]
+fn the_token_of_an_entry_that_has_lapsed_is_not_given_out_again() {
+    let mut b = Bench::new();
+    let (o1, o2, o3) = (b.owner(), b.owner(), b.owner());
+    let old = b.ask(o1, &[("a", X)]);
+    let stale = tokens(&b.acquire(&old))[0];
+    let busy = Acquire {
+        lease: Lease::new(Duration::from_secs(60)).unwrap(),
+        ..b.ask(o3, &[("b", X)])
+    };
+    b.acquire(&busy);
+    let other = b.ask(o2, &[("a", X), ("b", X)]);
+    let again = b.ask(o1, &[("a", X), ("b", X)]);
+    b.now_us += 1_000_000;
+    b.acquire(&other);
+    b.acquire(&again);
+    // The first entry lapses, and the next steps look at other keys first.
+    b.now_us += 2_000_000;
+    b.release(&busy);
+    assert_eq!(b.handed(), [other.part.request]);
+    b.release(&other);
+    let over = b.queue.take_hand_overs().remove(0);
+    assert_eq!(over.grant.request, again.part.request);
+    assert!(over.grant.tokens.iter().all(|token| token.get() > stale), "{over:?}");
+}
+
+#[test]
+fn an_acquire_that_is_sent_again_after_the_hand_over_is_held_for_a_whole_lease() {
+    let mut b = Bench::new();
+    let (o1, o2) = (b.owner(), b.owner());
+    let (first, second) = (b.ask(o1, &[("k", X)]), b.ask(o2, &[("k", X)]));
+    b.acquire(&first);
+    b.acquire(&second);
+    b.release(&first);
+    tokens(&b.acquire(&second));
+    let seen = b.queue.inspect(b.now_us, &second.part.wants[0].key);
+    assert_eq!(seen.holders[0].expires_in, second.lease.get());
 }
