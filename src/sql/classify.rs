@@ -145,7 +145,9 @@ fn detail(kind: ErrorKind, error: &sqlx::Error) -> &'static str {
         (ErrorKind::Unavailable, _) => "the store could not be reached, or ended the session",
         (ErrorKind::Denied, _) => "the store refused the credentials, or a privilege is missing",
         (ErrorKind::NotMigrated, _) => "the tables of palisade are missing; call store.migrate()",
-        (ErrorKind::Aborted, _) => "an earlier statement failed; the transaction can only roll back",
+        (ErrorKind::Aborted, _) => {
+            "an earlier statement failed; the transaction can only roll back"
+        }
         _ => "the store reported an error",
     }
 }

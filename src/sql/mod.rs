@@ -10,9 +10,9 @@ pub(crate) mod postgres;
 #[cfg(feature = "sqlite")]
 pub(crate) mod sqlite;
 
-pub(crate) use classify::{Failed, classify, is_benign, refuse};
 #[cfg(feature = "sqlite")]
 pub(crate) use classify::kind_of;
+pub(crate) use classify::{Failed, classify, is_benign, refuse};
 #[cfg(feature = "postgres")]
 pub(crate) use classify::{lost_reply, sqlstate};
 pub(crate) use migrations::{File, migrate};

@@ -38,9 +38,9 @@ static PROVE: Bare = LazyLock::new(|| bare(include_str!("postgres/prove.sql")));
 type Bare = LazyLock<String>;
 
 fn bare(sql: &str) -> String {
-    sql.lines().filter(|line| !line.starts_with("--")).fold(String::new(), |out, line| {
-        out + line + "\n"
-    })
+    sql.lines()
+        .filter(|line| !line.starts_with("--"))
+        .fold(String::new(), |out, line| out + line + "\n")
 }
 
 /// What creates the tables.

@@ -266,10 +266,7 @@ impl<DB: SqlDatabase> Turn<'_, DB> {
     }
 
     /// The statement came back, with whatever result.
-    pub(super) fn finish<T>(
-        &mut self,
-        result: Result<T, sqlx::Error>,
-    ) -> Result<T, sqlx::Error> {
+    pub(super) fn finish<T>(&mut self, result: Result<T, sqlx::Error>) -> Result<T, sqlx::Error> {
         self.running = false;
         if let Err(error) = &result
             && !is_benign(error)

@@ -82,9 +82,7 @@ pub(super) enum Settled {
 ///
 /// The floor is the highest token among all the rows, so that one new attempt passes them all.
 pub(super) fn stale(held: &[Held], passed: &[(String, Option<Uuid>)], rows: &[Tokens]) -> Error {
-    let refused = held.iter().find(|held| {
-        !passed.iter().any(|(key, _)| key == held.key.as_str())
-    });
+    let refused = held.iter().find(|held| !passed.iter().any(|(key, _)| key == held.key.as_str()));
     let detail = "the store has seen a newer holder of this key, so this one's time is over";
     let error = Error::new(ErrorKind::StaleToken, "fence", detail);
     let error = match refused {
@@ -113,8 +111,7 @@ pub(super) fn overtaken(fence: &Fence, rows: &[Tokens]) -> Option<Error> {
 fn reads_current(fence: &Fence, held: &Held, row: &Tokens) -> bool {
     let token = signed(held.token);
     let mine = row.write_owner == Some(fence.owner.as_uuid());
-    token > row.mark
-        && row.write_token.is_some_and(|seen| token > seen || (token == seen && mine))
+    token > row.mark && row.write_token.is_some_and(|seen| token > seen || (token == seen && mine))
 }
 
 /// What the rows of a branch, seen under their locks, say about its commit.
@@ -124,7 +121,9 @@ pub(super) fn settle(attempt: Uuid, priors: &[Prior], rows: &[Looked]) -> Settle
     let mut unknown = "the store has no row of this transaction's keys";
     let mut rolled_back = false;
     for prior in priors {
-        let Some(row) = rows.iter().find(|row| row.resource == prior.key.as_str()) else { continue };
+        let Some(row) = rows.iter().find(|row| row.resource == prior.key.as_str()) else {
+            continue;
+        };
         if row.write_tx == Some(attempt) {
             return Settled::Committed;
         }

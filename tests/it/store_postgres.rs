@@ -179,7 +179,8 @@ async fn a_stale_token_is_refused_with_its_key_and_the_stores_floor() {
 #[tokio::test]
 async fn keys_of_any_script_are_fenced_in_the_order_of_their_bytes() {
     let b = Bench::new().await;
-    let odd = ["a\"b\\c", "{x}", "ключ", "two words", "it's", "'; DROP TABLE account; --", "Z", "z"];
+    let odd =
+        ["a\"b\\c", "{x}", "ключ", "two words", "it's", "'; DROP TABLE account; --", "Z", "z"];
     let all =
         |token| fence(odd.iter().map(|key| held(key, Mode::Exclusive, token)).collect::<Vec<_>>());
     commit(&b.open(&all(7)).await).await;

@@ -390,9 +390,11 @@ async fn a_purge_passes_over_a_row_that_a_branch_has_taken() {
 async fn a_purge_forgets_sessions_that_are_gone() {
     let b = Bench::new().await;
     commit(&b.open(&write("a", 10)).await).await;
-    b.sql("INSERT INTO palisade_branch VALUES (1, now(), gen_random_uuid(), gen_random_uuid(),
-         '{}', '{}', '{}')")
-        .await;
+    b.sql(
+        "INSERT INTO palisade_branch VALUES (1, now(), gen_random_uuid(), gen_random_uuid(),
+         '{}', '{}', '{}')",
+    )
+    .await;
     b.store.purge(Duration::ZERO).await.unwrap();
     let left = "SELECT count(*) FROM palisade_branch WHERE pid = 1";
     let all = "SELECT count(*) FROM palisade_branch";

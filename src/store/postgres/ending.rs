@@ -195,12 +195,8 @@ async fn look(ending: &End<'_>, deadline: Instant) -> Result<Settled> {
         sqlx::query_as(LOOK).bind(keys).fetch_all(session.conn()?).await.map_err(failed)?;
     run(session.conn()?, "ROLLBACK").await.map_err(failed)?;
     session.release();
-    let row = |(resource, write_token, write_tx, mark)| Looked {
-        resource,
-        write_token,
-        write_tx,
-        mark,
-    };
+    let row =
+        |(resource, write_token, write_tx, mark)| Looked { resource, write_token, write_tx, mark };
     let rows: Vec<_> = rows.into_iter().map(row).collect();
     Ok(settle(ending.fence.attempt, priors, &rows))
 }

@@ -87,9 +87,8 @@ pub(super) fn columns(
 
 /// What others may know of the branch.
 pub(super) fn published(fence: &Fence) -> Published {
-    let key = |held: &Held| {
-        (hex(held.key.as_str()), held.mode == Mode::Exclusive, signed(held.token))
-    };
+    let key =
+        |held: &Held| (hex(held.key.as_str()), held.mode == Mode::Exclusive, signed(held.token));
     Published {
         attempt: fence.attempt,
         owner: fence.owner.as_uuid(),

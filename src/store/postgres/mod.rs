@@ -159,11 +159,7 @@ impl Driver for Postgres {
         opening::extend(store, fence, open, held).await
     }
 
-    async fn savepoint(
-        conn: &mut PgConnection,
-        step: Step,
-        depth: u32,
-    ) -> Result<(), sqlx::Error> {
+    async fn savepoint(conn: &mut PgConnection, step: Step, depth: u32) -> Result<(), sqlx::Error> {
         run(conn, step.sql(depth)).await
     }
 
