@@ -108,10 +108,12 @@ impl Bank {
 
     /// The books as they are now.
     pub async fn books(&self) -> Result<Books> {
-        let (balances, (applied, refused)): (Vec<(String, i64)>, (i64, i64)) = either!(self, store => (
-            sqlx::query_as(BALANCES).fetch_all(store.pool()).await?,
-            sqlx::query_as(COUNTS).fetch_one(store.pool()).await?,
-        ));
+        let balances: Vec<(String, i64)>;
+        let (applied, refused): (i64, i64);
+        either!(self, store => {
+            balances = sqlx::query_as(BALANCES).fetch_all(store.pool()).await?;
+            (applied, refused) = sqlx::query_as(COUNTS).fetch_one(store.pool()).await?;
+        });
         Ok(Books {
             balances: balances.into_iter().collect(),
             applied: usize::try_from(applied)?,

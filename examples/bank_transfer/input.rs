@@ -64,7 +64,7 @@ impl Input {
         books
     }
 
-    /// Refuses a file whose outcome depends on the order of its transfers, because workers keep none.
+    /// Refuses a file whose outcome depends on the order of its transfers: workers keep none.
     ///
     /// An account must have the funds for all that it sends from the start, or for none of it ever.
     fn check(&self) -> Result<()> {

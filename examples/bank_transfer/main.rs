@@ -1,16 +1,20 @@
-//! Moves money between accounts, from several tasks and processes at once, while things go wrong; and
-//! proves that every transfer was applied exactly once.
+//! Moves money between accounts, from several tasks and processes at once, while things go wrong;
+//! and checks that every transfer was applied exactly once.
 //!
 //! ```sh
 //! cargo run --release --example bank_transfer
 //! cargo run --release --example bank_transfer -- --processes 4
-//! cargo run --release --example bank_transfer -- --locks redis: --store postgres: --processes 4 --kill
+//! cargo run --release --example bank_transfer -- \
+//!     --locks redis: --store postgres: --processes 4 --kill
 //! ```
 //!
-//! The first needs nothing installed: the locks are in memory, the money is in a temporary SQLite file,
-//! and each commit is forced to its disk. The last starts a Redis and a PostgreSQL of its own; with
-//! URLs it uses yours. `bank.rs` holds the transaction, `worker.rs` what is done about its errors; the
-//! rest is about watching, killing, and checking.
+//! The first needs nothing installed: the locks are in memory, the money is in a temporary SQLite
+//! file, and each commit is forced to its disk. The second shows processes that have nothing in
+//! common but that file: the fence alone keeps them apart. The last starts a Redis and a PostgreSQL
+//! of its own; with URLs it uses yours.
+//!
+//! `bank.rs` holds the transaction, `worker.rs` what is done about its errors; the rest is about
+//! watching, killing, and checking.
 
 mod bank;
 mod chaos;
@@ -96,13 +100,22 @@ async fn conduct(mut options: Options) -> Result<bool> {
 fn announce(options: &Options, input: &Input, servers: &Servers) {
     let Options { locks, store, tasks, processes, .. } = options;
     println!("{} transfers, {processes} processes of {tasks} tasks", input.transfers.len());
-    println!("locks {locks}, money {store}, leases of {:?}", options.lease());
+    let (locks, store, lease) = (shown(locks), shown(store), options.lease());
+    println!("locks {locks}, money {store}, leases of {lease:?}");
     if options.kill && servers.redis.is_none() {
         println!("only workers will be killed: the lock service was not started by this program");
     }
 }
 
-/// Shows how far the workers are, and lets things go wrong if that is wanted, until all have finished.
+/// The URL without user name and password.
+fn shown(url: &str) -> String {
+    match (url.split_once("//"), url.rsplit_once('@')) {
+        (Some((scheme, _)), Some((_, place))) => format!("{scheme}//{place}"),
+        _ => url.to_owned(),
+    }
+}
+
+/// Shows how far the workers are until all have finished; meanwhile things go wrong if wanted.
 async fn watch(
     mut crew: Crew,
     options: &Options,

@@ -100,7 +100,7 @@ impl Redis {
     }
 }
 
-/// A PostgreSQL with an empty cluster, as the packages configure it: commits are forced to the disk.
+/// A PostgreSQL with an empty cluster and the usual settings: commits are forced to the disk.
 struct Postgres {
     url: String,
     _process: Process,

@@ -8,7 +8,9 @@ use tracing::Instrument;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::protocol::Backoff;
-use crate::types::{FencingToken, Lease, LeaseState, MAX_KEYS, Mode, OwnerId, ResourceKey, Want};
+use crate::types::{
+    FencingToken, Lease, LeaseState, MAX_KEYS, MAX_WAIT, Mode, OwnerId, ResourceKey, Want,
+};
 
 use super::guard::{LockGuard, Locked};
 use super::service::{Order, Service};
@@ -48,13 +50,13 @@ impl LockRequest {
             wants: Ok(Vec::new()),
             owner: None,
             lease: options.lease,
-            wait: options.wait,
+            wait: options.wait.min(MAX_WAIT),
             retry: options.retry,
             limit: options.max_entries,
             floor: None,
             metadata: None,
             renews: true,
-            max_hold: options.max_hold,
+            max_hold: options.max_hold.min(MAX_WAIT),
             state: None,
         };
         request.with(keys, mode)
@@ -91,7 +93,7 @@ impl LockRequest {
     /// The service has at least a tenth of [`LockOptions::call_timeout`](crate::LockOptions) to
     /// answer at all, however short the wait.
     pub fn wait(mut self, wait: Duration) -> Self {
-        self.wait = wait;
+        self.wait = wait.min(MAX_WAIT);
         self
     }
 
@@ -136,7 +138,7 @@ impl LockRequest {
     /// The watchdog stops renewing after this time, so that a guard that was leaked does not hold
     /// its locks for ever.
     pub fn max_hold(mut self, max_hold: Duration) -> Self {
-        self.max_hold = max_hold;
+        self.max_hold = max_hold.min(MAX_WAIT);
         self
     }
 
@@ -190,7 +192,7 @@ impl LockRequest {
     /// # Errors
     /// The error of `work`; those of [`LockRequest::acquire`]; and
     /// [`LeaseLost`](ErrorKind::LeaseLost) when the lease did not last until the end, even if
-    /// `work` had succeeded.
+    /// `work` had succeeded; that one is never advised to be retried, because the work may be done.
     ///
     /// # Cancel safety
     /// Dropping the future drops `work` and gives the locks up in the background.
@@ -282,7 +284,7 @@ impl LockGuard {
         match (answer, released) {
             (Some(Err(error)), _) => Err(error),
             (Some(Ok(value)), released) if !matters(&released) => Ok(value),
-            (_, Err(error)) => Err(error.into()),
+            (_, Err(error)) => Err(error.with_no_retry().into()),
             (_, Ok(())) => Err(lost_midway().into()),
         }
     }
@@ -294,5 +296,6 @@ fn matters(released: &Result<()>) -> bool {
 }
 
 fn lost_midway() -> Error {
-    Error::new(ErrorKind::LeaseLost, "with_lock", "the lease was lost while the work ran")
+    let detail = "the lease was lost while the work ran, or before it could be given up";
+    Error::new(ErrorKind::LeaseLost, "with_lock", detail).with_no_retry()
 }

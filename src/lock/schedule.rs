@@ -121,15 +121,18 @@ impl Schedule {
         }
     }
 
-    /// Takes a job out if it is still of the same kind, as it was when it was started.
-    pub(super) fn done(&self, request: RequestId, kind: &Job) {
+    /// Takes a job out if it is still of the same kind, as it was when it was started; says whether it
+    /// was.
+    pub(super) fn done(&self, request: RequestId, kind: &Job) -> bool {
         let mut table = self.lock();
-        if table.jobs.get(&request).is_some_and(|(job, _)| job.is_like(kind)) {
+        let same = table.jobs.get(&request).is_some_and(|(job, _)| job.is_like(kind));
+        if same {
             table.take(request);
         }
         if table.jobs.is_empty() {
             self.emptied.notify_waiters();
         }
+        same
     }
 
     /// Takes a request out that only listened or waited.
@@ -153,12 +156,11 @@ impl Schedule {
         waiting.pushed(grant);
     }
 
-    /// At most `limit` jobs that are due. They stay in the table, without a time.
-    pub(super) fn take_due(&self, now: Instant, limit: usize) -> Vec<Job> {
+    /// The jobs that are due. They stay in the table, without a time.
+    pub(super) fn take_due(&self, now: Instant) -> Vec<Job> {
         let mut table = self.lock();
         let mut taken = Vec::new();
-        while taken.len() < limit
-            && let Some((at, request)) = table.due.first().copied()
+        while let Some((at, request)) = table.due.first().copied()
             && at <= now
         {
             table.due.pop_first();
@@ -224,9 +226,20 @@ impl Schedule {
         table.stopping && table.jobs.is_empty()
     }
 
-    /// The watchdog has ended; nothing is renewed any more.
+    /// The watchdog has ended: nothing is renewed any more, so nothing is held any more.
     pub(super) fn die(&self) {
-        self.lock().dead = true;
+        let mut table = self.lock();
+        table.dead = true;
+        table.due.clear();
+        let jobs = std::mem::take(&mut table.jobs);
+        drop(table);
+        for (job, _) in jobs.into_values() {
+            match job {
+                Job::Keep(kept) => kept.state.lose(),
+                Job::Wait(waiting) => waiting.forgotten(),
+                Job::Settle(_) => {}
+            }
+        }
         self.emptied.notify_waiters();
     }
 

@@ -18,7 +18,7 @@ use crate::types::{
 };
 
 use super::LockOptions;
-use super::hold::{Hold, Kept};
+use super::hold::{Hold, Kept, lost};
 use super::owners::{Entrance, Owners};
 use super::schedule::{Job, Schedule};
 use super::statistics::Counters;
@@ -85,7 +85,7 @@ impl Service {
             answer = self.acquire_parts(order) => answer,
         };
         match &answer {
-            Ok(_) => self.counters.acquired(started.elapsed()),
+            Ok(_) => self.counters.waited(started.elapsed()),
             Err(error) => self.counters.failed(error),
         }
         answer
@@ -134,24 +134,28 @@ impl Service {
                     return Err(self.would_deadlock(order, why));
                 }
             };
-            holds.push(self.ask(order, partition, wants, terms).await?);
+            match self.ask(order, partition, &wants, terms).await? {
+                Some(hold) => holds.push(hold),
+                None => todo.push(wants),
+            }
         }
         Ok(())
     }
 
-    /// Asks until there is a grant, a refusal, or no time left.
+    /// Asks until there is a grant, a refusal, or no time left; `None` when the books have to be asked
+    /// again, because what was to be re-entered was given up meanwhile.
     async fn ask(
         self: &Arc<Self>,
         order: &Order,
         partition: Partition,
-        wants: Vec<Want>,
+        wants: &[Want],
         terms: Terms,
-    ) -> Result<Hold> {
+    ) -> Result<Option<Hold>> {
         let started = Instant::now();
         let mut attempt = 0;
         loop {
             let request = RequestId::next();
-            let part = Part { partition, owner: order.owner, request, wants: wants.clone() };
+            let part = Part { partition, owner: order.owner, request, wants: wants.to_vec() };
             let ask = Acquire {
                 part,
                 client: self.client,
@@ -163,12 +167,17 @@ impl Service {
                 metadata: order.metadata.clone(),
             };
             let refusal = match self.ask_once(order, ask).await? {
-                Answer::Held(hold) => return Ok(hold),
-                Answer::Forgotten => continue,
+                Answer::Held(hold) if order.state.is_held() => return Ok(Some(hold)),
+                Answer::Held(hold) => return Err(lost("acquire", hold.part())),
+                Answer::Forgotten if self.schedule.is_alive() => continue,
+                Answer::Forgotten => return Err(closed()),
                 Answer::Busy(error, waiters) => (error, waiters),
             };
             let pause = self.pause(order, terms, refusal, attempt, started.elapsed())?;
             tokio::time::sleep(pause).await;
+            if terms.re_enters {
+                return Ok(None);
+            }
             attempt += 1;
         }
     }
@@ -183,11 +192,11 @@ impl Service {
         elapsed: Duration,
     ) -> Result<Duration> {
         let Some(deadline) = order.deadline else { return Err(busy) };
-        if !order.owner.is_of(self.client) || terms.re_enters {
+        if !order.owner.is_of(self.client) {
             return Err(busy);
         }
         let incremental = terms.standing == Standing::Incremental;
-        if !terms.retry || (incremental && waiters) {
+        if !terms.re_enters && (!terms.retry || (incremental && waiters)) {
             let why = "waiting for more keys while holding some could deadlock";
             return Err(self.would_deadlock(order, why).with_source(busy));
         }
@@ -220,8 +229,9 @@ impl Service {
         match acquired {
             Acquired::Granted(grant) => {
                 let deadline = sent + order.lease.get() - order.lease.drift();
+                let hold = self.start(order, &ask.part, grant.tokens, deadline, true);
                 pending.close();
-                Ok(Answer::Held(self.start(order, &ask.part, grant.tokens, deadline, true)))
+                Ok(Answer::Held(hold))
             }
             Acquired::Queued { ask_again_in, .. } => {
                 let at = Instant::now() + ask_again_in;
@@ -270,6 +280,10 @@ impl Service {
                 Ok(Answer::Held(hold))
             }
             Ok(Turn::Forgotten) => Ok(Answer::Forgotten),
+            Err(_) if pending.waiting.is_unanswered() => {
+                let detail = "the lock service stopped answering while the request stood in line";
+                Err(Error::new(ErrorKind::Unavailable, "acquire", detail))
+            }
             Err(_) => {
                 let busy = Error::new(ErrorKind::Busy, "acquire", "still in line");
                 let key = part.wants.first().map(|want| want.key.clone());

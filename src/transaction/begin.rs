@@ -8,9 +8,9 @@ use tracing::Instrument;
 use crate::error::{Error, ErrorKind, Result};
 use crate::protocol::Backoff;
 use crate::store::Store;
-use crate::types::{FencingToken, Lease, LeaseState, Mode, OwnerId, Want};
+use crate::types::{FencingToken, Lease, LeaseState, MAX_WAIT, Mode, OwnerId, Want};
 
-use super::core::{Core, Transaction};
+use super::core::{Core, Terms, Transaction};
 use super::{Fallback, Shared};
 
 /// A transaction to be begun.
@@ -70,8 +70,8 @@ impl TransactionRequest {
         self
     }
 
-    /// How long begin waits for keys that others hold; zero tries once. Each fence waits as long
-    /// for rows that others have changed.
+    /// How long begin waits for keys that others hold; zero tries once. Each fence waits as long for
+    /// a connection and for rows that others have changed, and at least a second.
     pub fn wait(mut self, wait: Duration) -> Self {
         self.wait = wait;
         self
@@ -123,14 +123,17 @@ impl TransactionRequest {
         }
         let locks = &self.shared.locks;
         let owner = self.owner.unwrap_or_else(|| locks.owner());
-        let terms = (Lease::new(self.lease)?, self.wait);
+        let wait = self.wait.min(MAX_WAIT);
+        // It is the wait that ends an attempt to lock, not the patience with whole attempts.
+        let retry = Backoff { max_elapsed: wait, ..self.retry };
+        let terms = Terms { lease: Lease::new(self.lease)?, wait, retry, floor: self.floor };
         let request = locks
             .lock_all(&self.exclusive)
             .shared(&self.shared_keys)
             .owner(owner)
             .ttl(self.lease)
-            .wait(self.wait)
-            .retry(self.retry)
+            .wait(wait)
+            .retry(retry)
             .floor(self.floor)
             .state(Arc::clone(&state));
         let guard = match request.acquire().await {
@@ -142,7 +145,7 @@ impl TransactionRequest {
             }
             Err(error) => return Err(error),
         };
-        let core = Core::new(Arc::clone(&self.shared), owner, terms, guard, state);
+        let core = Core::new(Arc::clone(&self.shared), owner, terms, guard, state)?;
         let transaction = Transaction::new(core);
         if !transaction.is_degraded() {
             self.open_stores(&transaction).await?;

@@ -1,7 +1,7 @@
 //! A transaction that has begun: its locks, its branches, and what may still be done with it.
 
 use std::ops::{Deref, DerefMut};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -10,12 +10,16 @@ use uuid::Uuid;
 
 use crate::error::{Error, ErrorKind, Result, RetryAdvice};
 use crate::lock::LockGuard;
+use crate::protocol::Backoff;
 use crate::store::{AnyBranch, Fence, Held, Store};
-use crate::types::{Lease, LeaseState, OwnerId};
+use crate::types::{FencingToken, Lease, LeaseState, Mode, OwnerId};
 
 use super::Shared;
 use super::finish::End;
 use super::keeper::Entry;
+
+/// A branch needs a connection, however little a transaction wants to wait for others.
+const LEAST_FENCE: Duration = Duration::from_secs(1);
 
 /// What all handles of one transaction attempt share.
 #[derive(Debug)]
@@ -31,8 +35,19 @@ pub(super) struct Core {
     /// One branch is opened, and one savepoint set, at a time.
     opening: tokio::sync::Mutex<()>,
     kept: Mutex<Option<Entry>>,
-    /// What the first failure of this attempt advises.
-    advice: OnceLock<RetryAdvice>,
+    pub(super) retry: Backoff,
+    pub(super) floor: Option<FencingToken>,
+    /// What the last failure advises that no later success has outdated.
+    advice: Mutex<Option<RetryAdvice>>,
+}
+
+/// How locks are asked for, for the whole of an attempt.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Terms {
+    pub(super) lease: Lease,
+    pub(super) wait: Duration,
+    pub(super) retry: Backoff,
+    pub(super) floor: Option<FencingToken>,
 }
 
 #[derive(Debug, Default)]
@@ -40,6 +55,8 @@ pub(super) struct Books {
     pub(super) guards: Vec<LockGuard>,
     /// Sorted by key, each once, in its strongest mode.
     pub(super) held: Vec<Held>,
+    /// Keys that were added and are not fenced in every open branch yet.
+    pub(super) unfenced: Vec<Held>,
     pub(super) slots: Vec<Slot>,
     pub(super) depth: u32,
     pub(super) ended: bool,
@@ -56,10 +73,11 @@ impl Core {
     pub(super) fn new(
         shared: Arc<Shared>,
         owner: OwnerId,
-        (lease, wait): (Lease, Duration),
+        terms: Terms,
         guard: Option<LockGuard>,
         state: Arc<LeaseState>,
-    ) -> Arc<Self> {
+    ) -> Result<Arc<Self>> {
+        let Terms { lease, wait, retry, floor } = terms;
         let core = Self {
             shared,
             attempt: Uuid::now_v7(),
@@ -71,12 +89,15 @@ impl Core {
             books: Mutex::default(),
             opening: tokio::sync::Mutex::new(()),
             kept: Mutex::default(),
-            advice: OnceLock::new(),
+            retry,
+            floor,
+            advice: Mutex::default(),
         };
         if let Some(guard) = guard {
-            core.take(guard);
+            core.take(guard)?;
         }
-        Arc::new(core)
+        core.books().unfenced.clear();
+        Ok(Arc::new(core))
     }
 
     pub(super) fn books(&self) -> MutexGuard<'_, Books> {
@@ -87,20 +108,43 @@ impl Core {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Keeps the locks of `guard` until the end. Returns what was not held before.
-    pub(super) fn take(&self, guard: LockGuard) -> Vec<Held> {
+    /// Keeps the locks of `guard` until the end, and notes what is to be fenced in open branches.
+    pub(super) fn take(&self, guard: LockGuard) -> Result<()> {
         let mut books = self.books();
-        let mut new = Vec::new();
-        for locked in guard.keys() {
-            let (key, mode, token) = (locked.key.clone(), locked.mode, locked.token);
-            if !books.held.iter().any(|held| held.key == key) {
-                new.push(Held { key, mode, token });
-            }
+        if books.ended {
+            drop(books);
+            // Granted too late: dropping the guard gives the locks up again.
+            return self.check("nested");
         }
-        books.held.extend(new.iter().cloned());
+        for locked in guard.keys() {
+            let new = Held { key: locked.key.clone(), mode: locked.mode, token: locked.token };
+            let known = books.held.iter_mut().find(|held| held.key == new.key);
+            match known {
+                Some(held) if held.mode >= new.mode => continue,
+                Some(held) => *held = new.clone(),
+                None => books.held.push(new.clone()),
+            }
+            books.unfenced.push(new);
+        }
         books.held.sort_by(|a, b| a.key.cmp(&b.key));
         books.guards.push(guard);
-        new
+        Ok(())
+    }
+
+    /// Whether a key is held already, at least in this mode.
+    pub(super) fn holds(&self, key: &str, mode: Mode) -> bool {
+        self.books().held.iter().any(|held| held.key.as_str() == key && held.mode >= mode)
+    }
+
+    /// Undoes nested transactions that were leaked, neither ended nor dropped, above `depth`.
+    pub(super) fn settle_depth(&self, depth: u32) {
+        let mut books = self.books();
+        if books.depth > depth {
+            for slot in &books.slots {
+                slot.branch.abandon_savepoint(depth + 1);
+            }
+            books.depth = depth;
+        }
     }
 
     pub(super) fn fence(&self) -> Fence {
@@ -110,7 +154,7 @@ impl Core {
             held: self.books().held.clone(),
             lease: self.lease,
             state: Arc::clone(&self.state),
-            deadline: Instant::now() + self.wait,
+            deadline: Instant::now() + self.wait.max(LEAST_FENCE),
         }
     }
 
@@ -135,26 +179,41 @@ impl Core {
         Error::new(ErrorKind::LeaseLost, operation, detail).with_transaction(self.attempt)
     }
 
-    /// Remembers what the first failure advises, and draws the consequence of a stale token.
+    /// Remembers what a failure advises, and draws the consequence of a stale token.
     pub(super) fn note(&self, error: Error) -> Error {
-        self.advice.get_or_init(|| error.retry_advice());
+        *self.noted() = Some(error.retry_advice());
         if error.kind() == ErrorKind::StaleToken {
             self.shared.locks.fence_out(self.owner);
         }
         error
     }
 
-    /// What the first failure advises, be it of begin, of a branch, or of a statement.
+    /// A later success outdates what an earlier failure advised: the work has dealt with it.
+    pub(super) fn forget_advice(&self) {
+        *self.noted() = None;
+    }
+
+    fn noted(&self) -> MutexGuard<'_, Option<RetryAdvice>> {
+        self.advice.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What the failure of the work advises: that of a branch or a statement, or of the lease.
     pub(super) fn advice(&self) -> RetryAdvice {
-        if let Some(advice) = self.advice.get() {
-            return advice.clone();
+        let noted = self.noted().clone().filter(|advice| *advice != RetryAdvice::Never);
+        if let Some(advice) = noted {
+            return advice;
         }
         if !self.degraded && !self.state.is_held() {
             return RetryAdvice::Again;
         }
-        let slots = self.books().slots.clone();
-        let failure = slots.iter().find_map(|slot| slot.branch.failure());
+        let failure = self.failure();
         failure.map_or(RetryAdvice::Never, |failure| failure.retry_advice())
+    }
+
+    /// The failure of a statement that lets a branch only roll back.
+    pub(super) fn failure(&self) -> Option<Error> {
+        let slots = self.books().slots.clone();
+        slots.iter().find_map(|slot| slot.branch.failure())
     }
 
     /// The branch in `store`, opened behind its fence if need be.
@@ -183,6 +242,7 @@ impl Core {
             branch.savepoint(depth).await.map_err(|error| self.note(error))?;
         }
         self.add(Slot { store, branch: Arc::clone(&branch) }, operation)?;
+        self.forget_advice();
         Ok(branch)
     }
 
@@ -237,8 +297,9 @@ impl Core {
             return false;
         }
         for slot in slots {
-            if let Err(error) = slot.branch.ping().await {
-                tracing::debug!(store = slot.store.name(), %error, "ping failed");
+            let ping = tokio::time::timeout(self.lease.get() / 3, slot.branch.ping()).await;
+            if !matches!(ping, Ok(Ok(()))) {
+                tracing::debug!(store = slot.store.name(), ?ping, "ping failed");
             }
         }
         true
@@ -254,6 +315,8 @@ impl Core {
 #[derive(Debug)]
 pub struct Tx {
     pub(super) core: Arc<Core>,
+    /// How many nested transactions this handle is in.
+    pub(super) depth: u32,
 }
 
 impl Tx {
@@ -343,6 +406,7 @@ mod sql {
             read_only: bool,
         ) -> Result<Branch<'_, DB>> {
             let name = crate::store::Store::name(store);
+            self.core.settle_depth(self.depth);
             let branch = self.core.open(name, read_only).await?;
             Branch::of(branch).ok_or_else(|| {
                 let detail = format!("store {name:?} is a database of another kind");
@@ -374,11 +438,11 @@ pub struct Transaction {
 
 impl Transaction {
     pub(super) fn new(core: Arc<Core>) -> Self {
-        Self { tx: Tx { core } }
+        Self { tx: Tx { core, depth: 0 } }
     }
 
     pub(super) fn tx(&self) -> Tx {
-        Tx { core: Arc::clone(&self.tx.core) }
+        Tx { core: Arc::clone(&self.tx.core), depth: 0 }
     }
 
     /// Commits.

@@ -106,8 +106,9 @@ impl Core {
             return Ok(());
         }
         if let Err(error) = self.confirm(guards).await {
-            self.undo(slots).await;
-            return Err(error);
+            // Not even the rollback may hide a COMMIT that was sent through the branch.
+            let undone = self.roll_back(slots).await;
+            return Err(undone.err().filter(Error::is_in_doubt).unwrap_or(error));
         }
         let mut answer = Ok(());
         for slot in slots {
@@ -115,9 +116,15 @@ impl Core {
                 self.undo(std::slice::from_ref(slot)).await;
                 continue;
             }
+            let failure = slot.branch.failure();
             answer = match slot.branch.commit().await {
                 Outcome::Committed => Ok(()),
-                Outcome::RolledBack(cause) => Err(self.note(cause)),
+                Outcome::RolledBack(cause) => {
+                    let cause = self.note(cause);
+                    // The work went on after a statement had failed; that one says what may help.
+                    failure.map(|failure| self.note(failure));
+                    Err(cause)
+                }
                 Outcome::InDoubt(cause) => Err(cause),
             };
         }
@@ -137,7 +144,9 @@ impl Core {
     async fn roll_back(&self, slots: &[Slot]) -> Result<()> {
         let mut answer = Ok(());
         for slot in slots {
-            answer = answer.and(slot.branch.rollback().await);
+            // Nobody holds up the release of the locks: what is not answered in time is closed.
+            let rollback = tokio::time::timeout(self.lease.get(), slot.branch.rollback()).await;
+            answer = answer.and(rollback.unwrap_or_else(|_| Err(unanswered())));
         }
         answer
     }
@@ -168,4 +177,9 @@ impl Core {
             }
         }
     }
+}
+
+fn unanswered() -> Error {
+    let detail = "the store did not answer the rollback; its connection was closed";
+    Error::new(ErrorKind::Unavailable, "rollback", detail)
 }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use crate::error::{Error, Result};
 use crate::store::AnyBranch;
+use crate::types::Mode;
 
 use super::core::{Core, Tx};
 
@@ -30,10 +31,9 @@ impl Tx {
     ) -> Result<Nested<'_>> {
         let core = Arc::clone(&self.core);
         core.check("nested")?;
+        core.settle_depth(self.depth);
         let keys: Vec<String> = keys.into_iter().map(|key| key.as_ref().to_owned()).collect();
-        if !keys.is_empty() {
-            core.add_keys(&keys).await.map_err(|error| core.note(error))?;
-        }
+        core.add_keys(&keys).await.map_err(|error| core.note(error))?;
         let _one_at_a_time = core.one_at_a_time().await;
         let depth = {
             let mut books = core.books();
@@ -41,27 +41,35 @@ impl Tx {
             books.depth
         };
         // From here on, dropping `nested` undoes what was set.
-        let tx = Tx { core: Arc::clone(&core) };
+        let tx = Tx { core: Arc::clone(&core), depth };
         let nested = Nested { tx, depth, open: true, outer: PhantomData };
         for branch in core.branches() {
             branch.savepoint(depth).await.map_err(|error| core.note(error))?;
         }
+        core.forget_advice();
         Ok(nested)
     }
 }
 
 impl Core {
+    /// Locks what is not held yet, and fences what is not fenced yet: an earlier call may have locked a
+    /// key and failed to fence it.
     async fn add_keys(&self, keys: &[String]) -> Result<()> {
-        let request = self.shared.locks.lock_all(keys).owner(self.owner).ttl(self.lease.get());
-        let request = request.wait(self.wait).state(Arc::clone(&self.state));
         let _one_at_a_time = self.one_at_a_time().await;
-        let guard = request.acquire().await?;
-        let new = self.take(guard);
-        if new.is_empty() {
-            return Ok(());
+        let new: Vec<&String> =
+            keys.iter().filter(|key| !self.holds(key, Mode::Exclusive)).collect();
+        if !new.is_empty() {
+            let request = self.shared.locks.lock_all(new).owner(self.owner).ttl(self.lease.get());
+            let request = request.wait(self.wait).retry(self.retry).floor(self.floor);
+            let guard = request.state(Arc::clone(&self.state)).acquire().await?;
+            self.take(guard)?;
         }
-        for branch in self.branches() {
-            branch.extend(&new).await?;
+        let unfenced = self.books().unfenced.clone();
+        if !unfenced.is_empty() {
+            for branch in self.branches() {
+                branch.extend(&unfenced).await?;
+            }
+            self.books().unfenced.clear();
         }
         Ok(())
     }
@@ -96,6 +104,7 @@ impl Nested<'_> {
     pub async fn commit(mut self) -> Result<()> {
         let core = Arc::clone(&self.tx.core);
         core.check("commit nested")?;
+        core.settle_depth(self.depth);
         let noted = |error: Error| core.note(error);
         for branch in core.branches() {
             branch.release_savepoint(self.depth).await.map_err(noted)?;
@@ -113,6 +122,7 @@ impl Nested<'_> {
     /// What was done is undone before the next statement.
     pub async fn rollback(mut self) -> Result<()> {
         let core = Arc::clone(&self.tx.core);
+        core.settle_depth(self.depth);
         let noted = |error: Error| core.note(error);
         for branch in core.branches() {
             branch.rollback_to_savepoint(self.depth).await.map_err(noted)?;

@@ -17,9 +17,13 @@ impl TransactionRequest {
     /// meet: keys were busy, a statement or the commit lost against another transaction (SQLSTATE
     /// 40001, 40P01, 55P03, `SQLITE_BUSY`), the lease was lost before the commit, the token was
     /// stale (then as a new owner with a higher token), or waiting for more keys could have
-    /// deadlocked (then with all keys declared). Which failure it was is seen by the branches,
-    /// whatever error `work` makes of it. It is never started over after
-    /// [`InDoubt`](crate::ErrorKind::InDoubt), nor for an error that is `work`'s own.
+    /// deadlocked (then with all keys declared). The
+    /// failure is seen where it happens, whatever error `work` makes of it: that of a statement, of
+    /// `enlist`, or of `nested`, unless one of the latter two has succeeded since. It is never started
+    /// over after [`InDoubt`](crate::ErrorKind::InDoubt), nor for an error that is `work`'s own.
+    ///
+    /// `work` also runs when the fallback has taken care of an outage; it asks
+    /// [`Tx::is_degraded`](crate::Tx::is_degraded).
     ///
     /// When the lease is lost, the future of `work` is dropped where it stands.
     ///
@@ -80,14 +84,18 @@ impl TransactionRequest {
             }
             Some(Err(error)) => {
                 let advice = transaction.core.advice();
-                roll_back(transaction).await;
-                Err((error, advice))
+                match in_doubt(transaction).await {
+                    Some(doubt) => Err((E::from(doubt), RetryAdvice::Never)),
+                    None => Err((error, advice)),
+                }
             }
             None => {
                 let error = transaction.core.lost("run");
                 let advice = transaction.core.advice();
-                roll_back(transaction).await;
-                Err((E::from(error), advice))
+                match in_doubt(transaction).await {
+                    Some(doubt) => Err((E::from(doubt), RetryAdvice::Never)),
+                    None => Err((E::from(error), advice)),
+                }
             }
         }
     }
@@ -107,9 +115,12 @@ impl TransactionRequest {
     }
 }
 
-/// Nothing was committed, whatever the answer: a connection that does not acknowledge is closed.
-async fn roll_back(transaction: Transaction) {
-    if let Err(error) = transaction.rollback().await {
+/// Rolls back. The error, if it is not sure that nothing was committed: the work has sent a COMMIT of
+/// its own. Any other failure leaves nothing, because the connection is closed.
+async fn in_doubt(transaction: Transaction) -> Option<Error> {
+    let answer = transaction.rollback().await;
+    if let Err(error) = &answer {
         tracing::debug!(%error, "rollback before the next attempt");
     }
+    answer.err().filter(Error::is_in_doubt)
 }

@@ -11,6 +11,8 @@
 )]
 
 mod cancel;
+mod examples;
+mod hazards;
 mod locks;
 mod locks_on_redis;
 mod metrics;
@@ -20,6 +22,8 @@ mod redis_commands;
 mod redis_corrupt;
 mod redis_differential;
 mod redis_locks;
+mod redis_outage;
+mod redis_states;
 mod servers;
 mod store_fences;
 mod store_postgres;

@@ -2,7 +2,6 @@
 //! locked in PostgreSQL: the others go on within one lease, and nothing stale is committed.
 
 use std::io::{BufRead, BufReader, Write};
-use std::path::PathBuf;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -10,7 +9,7 @@ use palisade::{Coordinator, Error, SqlStore};
 use sqlx::Postgres;
 use sqlx::postgres::PgPoolOptions;
 
-use crate::support::{PostgresServer, RedisServer};
+use crate::support::{PostgresServer, RedisServer, program};
 
 const LEASE: Duration = Duration::from_secs(2);
 /// What a loaded machine may add.
@@ -74,12 +73,6 @@ impl Bench {
         let read = "SELECT cents FROM account WHERE name = 'k'";
         sqlx::query_scalar(read).fetch_one(self.bank.pool()).await.unwrap()
     }
-}
-
-/// Where cargo puts examples, seen from a test.
-fn program(name: &str) -> PathBuf {
-    let test = std::env::current_exe().unwrap();
-    test.parent().unwrap().parent().unwrap().join("examples").join(name)
 }
 
 struct Holder {

@@ -35,8 +35,8 @@ impl Monitor {
         line.trim_end().to_owned()
     }
 
-    /// The names of the commands that were sent since the last call; those that scripts call are not
-    /// among them.
+    /// The names of the commands that were sent since the last call; those that scripts call are
+    /// not among them.
     fn sent(&mut self) -> Vec<String> {
         let mut marker = TcpStream::connect((Ipv4Addr::LOCALHOST, self.server)).unwrap();
         marker.write_all(b"ECHO the-end-of-it\r\n").unwrap();

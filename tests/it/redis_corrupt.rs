@@ -213,6 +213,28 @@ async fn a_holder_whose_key_was_overwritten_loses_it_alone_and_frees_the_rest() 
 }
 
 #[tokio::test]
+async fn a_reader_that_cannot_be_recorded_beside_another_waits_until_it_can() {
+    let server = RedisServer::start();
+    let redis = connect(&server).await;
+    let client = Client::of(&redis).await;
+    let (reader, writer, next) =
+        (client.ask(&[("k", S)]), client.ask(&[("k", X)]), client.ask(&[("k", S)]));
+    for ask in [&reader, &writer, &next] {
+        redis.acquire(ask).await.unwrap();
+    }
+    let redis_key = "palisade:{0}:h:k";
+    server.command(&["SET", redis_key, "foreign"]);
+    redis.cancel(&writer.part).await.unwrap();
+    assert!(matches!(renew(&redis, &next, true).await, Renewed::Queued { .. }));
+    let seen = redis.inspect(P0, &key("k")).await.unwrap();
+    assert_eq!((seen.holders.len(), seen.waiters.len()), (1, 1));
+    assert_eq!(server.command(&["GET", redis_key]), "foreign");
+    server.command(&["DEL", redis_key]);
+    assert!(matches!(renew(&redis, &next, true).await, Renewed::Held(Some(_))));
+    assert_eq!(redis.inspect(P0, &key("k")).await.unwrap().holders.len(), 2);
+}
+
+#[tokio::test]
 async fn a_waiter_whose_record_was_deleted_does_not_block_the_line() {
     let server = RedisServer::start();
     let redis = connect(&server).await;

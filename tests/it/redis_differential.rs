@@ -1,5 +1,5 @@
-//! Random operations against the memory backend, which is the reference, and against Redis: the same
-//! verdicts, the same hand-overs, the same state to be seen.
+//! Random operations against the memory backend, which is the reference, and against Redis: the
+//! same verdicts, the same hand-overs, the same state to be seen.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
@@ -158,7 +158,8 @@ impl<'a> Side<'a> {
         seen
     }
 
-    /// The grants that were pushed since the last call. A ping on the same connection comes after them.
+    /// The grants that were pushed since the last call. A ping on the same connection comes after
+    /// them.
     async fn handed_over(&mut self) -> Vec<HandOver> {
         self.backend.ping().await.unwrap();
         let all = self.client.pushed();
@@ -313,8 +314,8 @@ impl<'a> Pair<'a> {
     /// What can be seen from outside is the same.
     async fn compare(&mut self) {
         if self.lapses && self.first_short.is_some() {
-            // A lease may lapse at any time, and each side finds it when it looks: what was pushed so
-            // far is compared at rest.
+            // A lease may lapse at any time, and each side finds it when it looks: what was pushed
+            // so far is compared at rest.
             assert_eq!(self.memory.inspect().await, self.redis.inspect().await);
         } else {
             let (memory, redis) = (self.memory.handed_over().await, self.redis.handed_over().await);
@@ -402,8 +403,9 @@ fn run(cases: u32, steps: usize, lapses: bool) {
         let left = left(&server);
         let left: Vec<_> = left
             .iter()
-            // Metadata of what has lapsed stays a little longer, and the memory of what was cancelled.
-            .filter(|name| !name.contains(":x:") && !(lapses && name.contains(":m:")))
+            // Metadata of what has lapsed stays a little longer, and the memory of what was
+            // cancelled.
+            .filter(|name| !(name.contains(":x:") || lapses && name.contains(":m:")))
             .collect();
         assert!(left.is_empty(), "{left:?}");
         Ok(())

@@ -33,8 +33,9 @@ async fn main() -> Result<(), Error> {
             tokio::task::yield_now().await;
         }
         say("waiting");
-        begin.await.expect("it does not panic")?;
-        return Ok(say("locked"));
+        let tx = begin.await.expect("it does not panic")?;
+        say("locked");
+        return tx.rollback().await;
     }
     let tx = request.begin().await?;
     if step == "write" {

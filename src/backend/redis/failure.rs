@@ -7,6 +7,9 @@ use crate::error::{Error, ErrorKind};
 /// What a connection says that is accepted and then hears nothing.
 pub(super) const NO_ANSWER: &str = "the Redis server accepts connections and does not answer";
 
+const PERMISSIONS: &str = "the Redis user lacks a permission; it needs ~palisade:* \
+     &palisade:c:* +@read +@write +@scripting +@pubsub +@connection +time +client|kill";
+
 /// What to do about an error of a command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Remedy {
@@ -43,10 +46,11 @@ pub(super) fn explain(operation: &'static str, error: RedisError) -> Error {
         (Kind::AuthenticationFailed, _) | (_, "NOAUTH" | "WRONGPASS") => {
             (ErrorKind::Denied, "Redis refused the user name or the password")
         }
-        (_, "NOPERM") => (
-            ErrorKind::Denied,
-            "the Redis user lacks a permission; it needs the keys palisade:*, the channels \
-             palisade:c:*, and @read @write @scripting @pubsub @connection",
+        (_, "NOPERM") => (ErrorKind::Denied, PERMISSIONS),
+        (_, "ERR") if lacks_permission(&error) => (ErrorKind::Denied, PERMISSIONS),
+        (_, "MISCONF") => (
+            ErrorKind::Unavailable,
+            "Redis cannot save its data and refuses to write (MISCONF); see its log",
         ),
         (_, "OOM") => (
             ErrorKind::Unavailable,
@@ -82,6 +86,11 @@ pub(super) fn explain(operation: &'static str, error: RedisError) -> Error {
         _ => (ErrorKind::Unavailable, "Redis answered with an error"),
     };
     Error::new(kind, operation, detail).with_source(error)
+}
+
+/// Within a script, a missing permission is an error without a code of its own.
+fn lacks_permission(error: &RedisError) -> bool {
+    error.detail().is_some_and(|detail| detail.starts_with("The user executing the script can't"))
 }
 
 /// A value that palisade did not write stands at one of its keys.

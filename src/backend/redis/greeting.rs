@@ -34,6 +34,14 @@ pub(super) struct Peer {
     address: String,
 }
 
+/// Sends one command. An error of the server is an error, which redis-rs leaves to its callers.
+pub(super) async fn ask(
+    connection: &mut MultiplexedConnection,
+    command: &Cmd,
+) -> Result<Value, RedisError> {
+    connection.send_packed_command(command).await?.extract_error()
+}
+
 /// Opens a connection whose pushes go to `subscribers`. `retired` is cancelled when it is lost.
 pub(super) async fn open(
     client: &redis::Client,
@@ -70,25 +78,25 @@ pub(super) async fn greet(
     check_partitions(connection, partitions).await?;
     for load in Script::load_all() {
         // A user that may not load scripts may still run them: then they are sent when needed.
-        tolerate(connection.send_packed_command(&load).await)?;
+        tolerate(ask(connection, &load).await)?;
     }
     Ok(peer)
 }
 
-/// Closes the connection that this one replaces, with whatever it still has in its buffers: a command
-/// sent there must not be run after one that is sent here.
+/// Closes the connection that this one replaces, with whatever it still has in its buffers: a
+/// command sent there must not be run after one that is sent here.
 ///
 /// Its address is part of the order, since ids begin anew when a server is restarted.
 async fn end(connection: &mut MultiplexedConnection, previous: &Peer) -> Result<(), RedisError> {
     let mut kill = redis::cmd("CLIENT");
     kill.arg("KILL").arg("ID").arg(&previous.id).arg("ADDR").arg(&previous.address);
-    tolerate(connection.send_packed_command(&kill).await)
+    tolerate(ask(connection, &kill).await)
 }
 
 async fn introduce(connection: &mut MultiplexedConnection) -> Result<Option<Peer>, RedisError> {
     let mut info = redis::cmd("CLIENT");
     info.arg("INFO");
-    let text = match connection.send_packed_command(&info).await {
+    let text = match ask(connection, &info).await {
         Ok(Value::BulkString(text)) => text,
         Ok(Value::VerbatimString { text, .. }) => text.into_bytes(),
         Ok(_) => return Ok(None),
@@ -108,18 +116,23 @@ async fn check_partitions(
     connection: &mut MultiplexedConnection,
     partitions: u16,
 ) -> Result<(), Refusal> {
-    let stored = match ask(connection, redis::cmd("GET").arg(PARTITIONS)).await? {
-        Value::Nil => {
+    let mut get = redis::cmd("GET");
+    let stored = match ask(connection, get.arg(PARTITIONS)).await {
+        Err(error) if error.code() == Some("WRONGTYPE") => {
+            return Err(Refusal::Final(corrupt(OPERATION, PARTITIONS).with_source(error)));
+        }
+        Err(error) => return Err(error.into()),
+        Ok(Value::Nil) => {
             let mut set = redis::cmd("SET");
             set.arg(PARTITIONS).arg(partitions).arg("NX").arg("GET");
-            match connection.send_packed_command(&set).await {
+            match ask(connection, &set).await {
                 Ok(stored) => stored,
                 // What is held must still be released and renewed; the next connection stores it.
                 Err(error) if matches!(error.code(), Some("OOM" | "NOREPLICAS")) => Value::Nil,
                 Err(error) => return Err(error.into()),
             }
         }
-        stored => stored,
+        Ok(stored) => stored,
     };
     let found = match &stored {
         Value::Nil => return Ok(()),
@@ -130,23 +143,13 @@ async fn check_partitions(
         Some(found) if found == partitions => Ok(()),
         Some(found) if found > 0 => {
             let detail = format!(
-                "this Redis is set up for {found} partitions, and the options ask for {partitions}; \
-                 use RedisOptions with partitions: {found}"
+                "this Redis is set up for {found} partitions, and the options ask for \
+                 {partitions}; set RedisOptions::partitions to {found}"
             );
             Err(Refusal::Final(Error::new(ErrorKind::InvalidInput, OPERATION, detail)))
         }
         _ => Err(Refusal::Final(corrupt(OPERATION, PARTITIONS))),
     }
-}
-
-async fn ask(connection: &mut MultiplexedConnection, command: &Cmd) -> Result<Value, Refusal> {
-    connection.send_packed_command(command).await.map_err(|error| {
-        if error.code() == Some("WRONGTYPE") {
-            Refusal::Final(corrupt(OPERATION, PARTITIONS).with_source(error))
-        } else {
-            Refusal::Redis(error)
-        }
-    })
 }
 
 /// Lets an error of the server pass, but not one of the connection.

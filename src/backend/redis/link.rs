@@ -6,8 +6,9 @@
 //! given up by their callers without any answer in between end the connection.
 //!
 //! # Why calls may be sent again
-//! Every operation is known by owner and request, so a copy changes nothing. A call is sent again on a
-//! new connection for as long as its caller waits, but no longer than the patience of the link.
+//! Every operation is known by owner and request, so a copy changes nothing. A call is sent again
+//! on a new connection for as long as its caller waits, but no longer than the patience of the
+//! link.
 
 use std::fmt;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -105,7 +106,10 @@ impl Link {
             };
             match remedy(&error) {
                 Remedy::SendText => match text() {
-                    Some(text) => command = text,
+                    Some(text) => {
+                        command = text;
+                        continue;
+                    }
                     None => return Err(explain(operation, error)),
                 },
                 Remedy::Reconnect => live.retired.cancel(),
@@ -123,7 +127,8 @@ impl Link {
         let mut patience = Patience::new(self.patience);
         loop {
             let live = self.live("subscribe", &mut patience).await?;
-            let Err(error) = live.connection.clone().subscribe(channel).await else {
+            let mut connection = live.connection.clone();
+            let Err(error) = live.answer(connection.subscribe(channel)).await else {
                 self.changed.notify_one();
                 return Ok(());
             };
@@ -143,15 +148,16 @@ impl Link {
         self.changed.notify_one();
     }
 
-    /// Connects again as soon as a connection is lost on which somebody waits for pushes: nobody may
-    /// be calling then. Unsubscribes what nobody hears any more. Runs until it is dropped.
+    /// Connects again as soon as a connection is lost on which somebody waits for pushes: nobody
+    /// may be calling then. Unsubscribes what nobody hears any more. Runs until it is dropped.
     pub(super) async fn keep(self: Arc<Self>) {
         loop {
             match self.current() {
                 Some(live) => {
                     for channel in self.subscribers.take_left() {
-                        // A push to nobody is harmless, and the next connection does not ask for it.
-                        let _ = live.connection.clone().unsubscribe(channel).await;
+                        // A push to nobody is harmless; the next connection asks for none.
+                        let mut connection = live.connection.clone();
+                        let _ = live.answer(connection.unsubscribe(channel)).await;
                     }
                     tokio::select! {
                         () = live.retired.cancelled() => {}
@@ -242,36 +248,44 @@ impl fmt::Debug for Link {
 
 impl Live {
     async fn send(&self, command: &Cmd) -> Result<Value, RedisError> {
-        let call = Unanswered(self);
         let mut connection = self.connection.clone();
+        self.answer(greeting::ask(&mut connection, command)).await
+    }
+
+    /// Waits for an answer for as long as this connection is the one in use.
+    async fn answer<T>(
+        &self,
+        answer: impl Future<Output = Result<T, RedisError>>,
+    ) -> Result<T, RedisError> {
+        let mut call = OnItsWay { live: self, answered: false };
         let answer = tokio::select! {
             biased;
-            answer = connection.send_packed_command(command) => answer,
+            answer = answer => answer,
             () = self.retired.cancelled() => {
                 Err(std::io::Error::from(std::io::ErrorKind::NotConnected).into())
             }
         };
-        call.answered();
+        call.answered = true;
         answer
     }
 }
 
 /// A call on its way. Dropped without an answer, it counts against its connection.
-struct Unanswered<'a>(&'a Live);
-
-impl Unanswered<'_> {
-    fn answered(self) {
-        self.0.abandoned.store(0, Ordering::Relaxed);
-        *lock(&self.0.answered_at) = Instant::now();
-        std::mem::forget(self);
-    }
+struct OnItsWay<'a> {
+    live: &'a Live,
+    answered: bool,
 }
 
-impl Drop for Unanswered<'_> {
+impl Drop for OnItsWay<'_> {
     fn drop(&mut self) {
-        let abandoned = self.0.abandoned.fetch_add(1, Ordering::Relaxed) + 1;
-        if abandoned >= STALLED_CALLS && lock(&self.0.answered_at).elapsed() >= STALLED_FOR {
-            self.0.retired.cancel();
+        let Live { abandoned, answered_at, retired, .. } = self.live;
+        if self.answered {
+            abandoned.store(0, Ordering::Relaxed);
+            *lock(answered_at) = Instant::now();
+        } else if abandoned.fetch_add(1, Ordering::Relaxed) + 1 >= STALLED_CALLS
+            && lock(answered_at).elapsed() >= STALLED_FOR
+        {
+            retired.cancel();
         }
     }
 }

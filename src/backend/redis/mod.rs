@@ -1,17 +1,17 @@
 //! Locks in a Redis server.
 //!
 //! A driver without rules of its own: what [`protocol::Queue`](crate::protocol::Queue) decides is
-//! decided here by scripts, each of them one atomic step at the server. A property test runs the same
-//! random operations against both.
+//! decided here by scripts, each of them one atomic step at the server. A property test runs the
+//! same random operations against both.
 //!
 //! # What is stored
-//! All names begin with `palisade:{p}:`, where the partition `p` is a hash tag. An *id* is owner and
-//! request, 48 hexadecimal digits.
+//! All names begin with `palisade:{p}:`, where the partition `p` is a hash tag. An *id* is owner
+//! and request, 48 hexadecimal digits.
 //!
 //! | key | type | what |
 //! |---|---|---|
 //! | `t` | string | token counter; the only key that never expires, with `palisade:partitions` |
-//! | `k:<key>` | string | head: who holds the key. Its absence means that nobody holds it or waits |
+//! | `k:<key>` | string | head: who holds the key. Where it is missing, nobody holds it or waits |
 //! | `h:<key>` | hash | shared holders of several owners: owner → token and entries |
 //! | `d:<key>` | sorted set | deadlines of those entries |
 //! | `q:<key>` | sorted set | the line: mode and id of each waiter, by place |
@@ -21,24 +21,34 @@
 //! | `m:<id>` | string | metadata, where some was given |
 //!
 //! A head has one of four forms: `-x<id>:<token>` is one entry (`s` if shared, upper case with
-//! metadata) whose lease is the TTL of the head; `=<owner>:<token>;x<request>:<deadline>;…` has several
-//! entries of one owner, or waiters beside it; `=` alone has waiters and no holder; `#` has its holders
-//! in `h` and `d`.
+//! metadata) whose lease is the TTL of the head; `=<owner>:<token>;x<request>:<deadline>;…` has
+//! several entries of one owner, or waiters beside it; `=` alone has waiters and no holder; `#` has
+//! its holders in `h` and `d`.
 //!
 //! # Why four forms
-//! A lock that nobody else wants is one string, written by `SET NX PX` and removed by `DEL`: acquire
-//! and release of any number of keys are one command each. A key with waiters must not simply expire,
-//! or whoever comes next would jump the line; so it has explicit deadlines, and a TTL beyond them.
-//! A thousand readers in one string would cost milliseconds for each that comes and goes; in a hash and
-//! a sorted set the cost is that of one.
+//! A lock that nobody else wants is one string, written by `SET NX PX` and removed by `DEL`:
+//! acquire and release of any number of keys are one command each. A key with waiters must not
+//! simply expire, or whoever comes next would jump the line; so it has explicit deadlines, and a
+//! TTL beyond them. A thousand readers in one string would cost milliseconds for each that comes
+//! and goes; in a hash and a sorted set the cost is that of one.
 //!
 //! # Why places in line come from the token counter
 //! They have to grow whatever the clock does. The counter grows.
 //!
 //! # What happens to the dead
-//! A sole holder is gone when its head expires. Where there are waiters or readers, whoever looks at a
-//! key next finds what has lapsed there, and promotes in the same step; waiters look when they refresh.
-//! Waiters that stopped refreshing are found by the next script that looks at anything in the partition.
+//! A sole holder is gone when its head expires. Where there are waiters or readers, whoever looks
+//! at a key next finds what has lapsed there, and promotes in the same step; waiters look when they
+//! refresh. Waiters that stopped refreshing are found by the next script that looks at anything in
+//! the partition.
+//!
+//! # What it relies on
+//! - An owner has at most one waiting request; its clients see to that. A second one would be safe,
+//!   and may be granted later than it could be.
+//! - The number of partitions is compared when a connection is made. A server that was emptied
+//!   under running clients takes the number of whoever connects next.
+//! - A connection that replaces another one first has the old one closed by the server, so that a
+//!   command in the old one's buffers is not run after its copy. Behind a unix socket, where
+//!   connections cannot be told apart, such a copy may hold a released lock for one more lease.
 
 mod failure;
 mod greeting;
@@ -76,13 +86,13 @@ use subscribers::Subscribers;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RedisOptions {
     /// How many partitions the keys are spread over: 1 unless the server belongs to a cluster. With
-    /// one, any set of keys is decided in one step. The first client stores the number at the server,
-    /// and clients with another number are refused.
+    /// one, any set of keys is decided in one step. The first client stores the number at the
+    /// server, and clients with another number are refused.
     pub partitions: u16,
     /// How long a call bears with a server that cannot be reached, or that is in a state which may
     /// pass (loading, busy with a script, a replica), before it fails with
-    /// [`Unavailable`](ErrorKind::Unavailable). A call that was sent and is not answered waits for as
-    /// long as its caller does.
+    /// [`Unavailable`](ErrorKind::Unavailable). A call that was sent and is not answered waits for
+    /// as long as its caller does.
     pub reconnect_for: Duration,
 }
 
@@ -95,8 +105,9 @@ impl Default for RedisOptions {
 
 /// Locks in one Redis server, version 7.0 or later.
 ///
-/// All calls and all pushes share one connection (RESP3), which is replaced when it breaks or stalls.
-/// The server should run with the policy `noeviction`: any other may drop locks when memory is full.
+/// All calls and all pushes share one connection (RESP3), which is replaced when it breaks or
+/// stalls. The server should run with the policy `noeviction`: any other may drop locks when memory
+/// is full.
 ///
 /// ```no_run
 /// use palisade::backend::{LockBackend, RedisBackend, RedisOptions};
@@ -121,19 +132,20 @@ impl RedisBackend {
     /// `redis+unix:///path?db=0&user=…&pass=…` (or `unix:`). TLS (`rediss:`) is not supported yet.
     ///
     /// # Errors
-    /// - [`InvalidInput`](ErrorKind::InvalidInput): the URL or an option is wrong, before any I/O; or
-    ///   the server is set up for another number of partitions.
+    /// - [`InvalidInput`](ErrorKind::InvalidInput): the URL or an option is wrong, before any I/O;
+    ///   or the server is set up for another number of partitions.
     /// - [`Unavailable`](ErrorKind::Unavailable): the server was not reached within
     ///   [`RedisOptions::reconnect_for`].
-    /// - [`Denied`](ErrorKind::Denied): the server refused the user name, the password, or a command.
+    /// - [`Denied`](ErrorKind::Denied): the server refused the user name, the password, or a
+    ///   command.
     /// - [`Corrupt`](ErrorKind::Corrupt): the number of partitions at the server is not one.
     ///
     /// # Cancel safety
     /// Dropping the future closes the connection and leaves at most the number of partitions.
     pub async fn connect(url: &str, options: RedisOptions) -> Result<Self> {
         let RedisOptions { partitions, reconnect_for } = options;
-        if partitions == 0 {
-            return Err(invalid("at least one partition is needed"));
+        if partitions == 0 || reconnect_for.is_zero() {
+            return Err(invalid("at least one partition and some time to connect are needed"));
         }
         let client = client(url)?;
         let subscribers = Arc::new(Subscribers::default());

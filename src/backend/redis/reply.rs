@@ -222,8 +222,8 @@ fn refuse_corrupt(operation: &'static str, value: &Value) -> Result<()> {
 }
 
 fn unreadable(operation: &'static str, value: &Value) -> Error {
-    let detail = "the answer of the Redis server is not one that palisade's scripts give; is a proxy \
-                  or a module in between?";
+    let detail = "the answer of the Redis server is not one that palisade's scripts give; is a \
+                  proxy or a module in between?";
     let shape = match value {
         Value::Array(values) => format!("an array of {}", values.len()),
         Value::Int(number) => format!("the number {number}"),

@@ -3,12 +3,13 @@
 //! This is the reference for every lock service: the memory backend is this type behind a mutex,
 //! and the scripts of the others must answer the same.
 //!
-//! The grant rule. A request that only re-enters is granted at once, past everybody, with the
-//! tokens its owner has. A *fresh* request is granted when no other owner holds a conflicting mode
-//! on any of its keys and no earlier conflicting waiter stands in line on any of them; else it
-//! joins the line on all of its keys and keeps its place. An *incremental* request passes the line,
-//! and is granted or refused. Every release, lapse and cancel promotes in the same step, looking
-//! past blocked waiters.
+//! The grant rule. A request that only re-enters is granted at once, past everybody, with the tokens
+//! its owner has. A *fresh* request is granted when no other owner holds a conflicting mode on any of
+//! its keys and no earlier conflicting waiter stands in line on any of them; else it joins the line on
+//! all of its keys and keeps its place. An *incremental* request passes the line, and is granted or
+//! refused. Every release, lapse and cancel promotes in the same step, looking past blocked waiters.
+//! Shared never becomes exclusive in place: a waiter whose owner came to hold one of its keys in a
+//! weaker mode meanwhile waits until that entry has gone.
 //!
 //! A lapse has no timer: it is found by whoever looks at the key next. Waiters refresh, so somebody
 //! looks.
@@ -16,7 +17,7 @@
 mod promote;
 mod rules;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use crate::types::{ClientId, FencingToken, Lease, Mode, OwnerId, RequestId, ResourceKey, Want};
@@ -54,7 +55,8 @@ pub struct Queue {
     keys: BTreeMap<ResourceKey, Slot>,
     held: BTreeMap<Id, Held>,
     waiting: BTreeMap<Id, Waiting>,
-    cancelled: VecDeque<(u64, Id)>,
+    /// Until when the request stays cancelled.
+    cancelled: BTreeMap<Id, u64>,
     handed_over: Vec<(ClientId, Id)>,
 }
 
@@ -101,16 +103,19 @@ impl Queue {
         let id = (ask.part.owner, ask.part.request);
         next_token(self.last, now_us, ask.floor)?;
         self.prune(now_us, &ask.part.wants)?;
-        if self.cancelled.iter().any(|(until, gone)| *gone == id && *until > now_us) {
+        if self.cancelled.get(&id).is_some_and(|until| *until > now_us) {
             return Ok(Acquired::Cancelled);
         }
-        if let Some(held) = self.held.get(&id) {
+        if let Some(held) = self.held.get_mut(&id) {
+            // Whoever asks again counts a whole lease from its first asking. If the first copy was
+            // queued and then handed over, there is only a claim.
+            held.deadline_us = held.deadline_us.max(now_us + micros(ask.lease.get()));
             return Ok(Acquired::Granted(Grant { request: id.1, tokens: held.tokens.clone() }));
         }
         if self.waiting.contains_key(&id) {
             return Ok(self.queued(now_us, id));
         }
-        if let Some(refusal) = self.refusal(ask) {
+        if let Some(refusal) = self.refusal(now_us, ask) {
             return Ok(refusal);
         }
         if let Some(key) = self.blocked_on(now_us, ask) {
@@ -165,7 +170,7 @@ impl Queue {
         let live = self.held.get(&id).is_some_and(|held| held.deadline_us > now_us);
         let mut dirty = self.remove(id);
         if self.rules.promotes_on_last_entry_only {
-            dirty.retain(|key| self.strongest(id.0, key).is_none());
+            dirty.retain(|key| self.strongest(now_us, id.0, key).is_none());
         }
         self.promote(now_us, dirty)?;
         Ok(if live { Released::Released } else { Released::Gone })
@@ -177,10 +182,7 @@ impl Queue {
     /// [`Corrupt`] when a waiter is next and no token can be given out; the request is gone.
     pub fn cancel(&mut self, now_us: u64, part: &Part) -> Result<(), Corrupt> {
         let id = (part.owner, part.request);
-        while self.cancelled.front().is_some_and(|(until, _)| *until <= now_us) {
-            self.cancelled.pop_front();
-        }
-        self.cancelled.push_back((now_us + micros(TOMBSTONE), id));
+        self.cancelled.insert(id, now_us + micros(TOMBSTONE));
         let dirty = self.remove(id);
         if self.rules.cancel_does_not_promote {
             return Ok(());
@@ -230,15 +232,15 @@ impl Queue {
         tell.collect()
     }
 
-    /// Removes everything that has lapsed, on every key, so that nothing stays for ever on keys
-    /// that nobody asks for again.
+    /// Removes everything that has lapsed, on every key, so that nothing stays for ever on keys that
+    /// nobody asks for again, and forgets requests that were cancelled [`TOMBSTONE`] ago.
     ///
     /// # Errors
     /// [`Corrupt`] when a waiter is next and no token can be given out.
     pub fn sweep(&mut self, now_us: u64) -> Result<(), Corrupt> {
         let wants: Vec<Want> =
             self.keys.keys().map(|key| Want::new(key.clone(), Mode::Exclusive)).collect();
-        self.cancelled.retain(|(until, _)| *until > now_us);
+        self.cancelled.retain(|_, until| *until > now_us);
         self.prune(now_us, &wants)
     }
 
@@ -249,9 +251,9 @@ impl Queue {
     }
 
     /// What refuses a request for good: an upgrade, or too many entries.
-    fn refusal(&self, ask: &Acquire) -> Option<Acquired> {
+    fn refusal(&self, now_us: u64, ask: &Acquire) -> Option<Acquired> {
         ask.part.wants.iter().find_map(|want| {
-            let have = self.strongest(ask.part.owner, &want.key)?;
+            let have = self.strongest(now_us, ask.part.owner, &want.key)?;
             let key = want.key.clone();
             if have < want.mode && !self.rules.upgrade_waits {
                 return Some(Acquired::Upgrade { key });

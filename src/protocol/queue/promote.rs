@@ -9,9 +9,20 @@ use super::{Held, Id, Queue, keys, micros};
 
 impl Queue {
     /// The strongest mode in which `owner` holds `key`.
-    pub(super) fn strongest(&self, owner: OwnerId, key: &ResourceKey) -> Option<Mode> {
-        let entries = &self.keys.get(key)?.entries;
-        entries.iter().filter(|(id, _)| id.0 == owner).map(|(_, mode)| *mode).max()
+    pub(super) fn strongest(&self, now_us: u64, owner: OwnerId, key: &ResourceKey) -> Option<Mode> {
+        self.entries_of(now_us, owner, key).map(|(_, mode)| mode).max()
+    }
+
+    /// The entries of `owner` on `key`, without those that have lapsed and were not found yet: others
+    /// may have held the key since.
+    fn entries_of(
+        &self,
+        now_us: u64,
+        owner: OwnerId,
+        key: &ResourceKey,
+    ) -> impl Iterator<Item = (Id, Mode)> {
+        let entries = self.keys.get(key).into_iter().flat_map(|slot| &slot.entries).copied();
+        entries.filter(move |(id, _)| id.0 == owner && self.is_live(now_us, *id))
     }
 
     pub(super) fn token_on(&self, id: Id, key: &ResourceKey) -> Option<FencingToken> {
@@ -32,7 +43,7 @@ impl Queue {
     /// The first key on which a request that is not in line yet is blocked.
     pub(super) fn blocked_on(&self, now_us: u64, ask: &Acquire) -> Option<ResourceKey> {
         let blocked = ask.part.wants.iter().find(|want| {
-            let re_enters = self.strongest(ask.part.owner, &want.key) >= Some(want.mode);
+            let re_enters = self.strongest(now_us, ask.part.owner, &want.key) >= Some(want.mode);
             let respects_line = if re_enters {
                 self.rules.re_entry_behind_waiters
             } else {
@@ -53,6 +64,12 @@ impl Queue {
         })
     }
 
+    /// Whether the owner holds the key in a weaker mode. Then the grant would be an upgrade, with a
+    /// token that other readers may have passed.
+    fn upgrades(&self, now_us: u64, owner: OwnerId, want: &Want) -> bool {
+        self.strongest(now_us, owner, &want.key).is_some_and(|have| have < want.mode)
+    }
+
     /// Whether a conflicting waiter of another owner stands in line before `me`, or at all.
     fn has_earlier(&self, now_us: u64, owner: OwnerId, me: Option<Id>, want: &Want) -> bool {
         let Some(slot) = self.keys.get(&want.key) else { return false };
@@ -71,7 +88,8 @@ impl Queue {
         floor: Option<FencingToken>,
         metadata: &Option<String>,
     ) -> Result<Vec<FencingToken>, Corrupt> {
-        let old: Vec<_> = wants.iter().map(|want| self.token_of_owner(id.0, &want.key)).collect();
+        let old: Vec<_> =
+            wants.iter().map(|want| self.token_of_owner(now_us, id.0, &want.key)).collect();
         let fresh = if old.iter().any(Option::is_none) {
             let token = next_token(self.last, now_us, floor)?;
             self.last = Some(token);
@@ -89,9 +107,14 @@ impl Queue {
         Ok(tokens)
     }
 
-    fn token_of_owner(&self, owner: OwnerId, key: &ResourceKey) -> Option<FencingToken> {
-        let entries = &self.keys.get(key)?.entries;
-        entries.iter().filter(|(id, _)| id.0 == owner).find_map(|(id, _)| self.token_on(*id, key))
+    /// What lapsed is no longer held, though nobody has found it yet: its token is not passed on.
+    fn token_of_owner(
+        &self,
+        now_us: u64,
+        owner: OwnerId,
+        key: &ResourceKey,
+    ) -> Option<FencingToken> {
+        self.entries_of(now_us, owner, key).find_map(|(id, _)| self.token_on(id, key))
     }
 
     /// Takes a request out of everything it is in. Returns the keys on which something got weaker.
@@ -148,6 +171,7 @@ impl Queue {
         let fresh = waiting.standing == Standing::Fresh || self.rules.incremental_behind_waiters;
         let blocked = waiting.wants.iter().any(|want| {
             self.is_taken(now_us, id.0, want)
+                || (!self.rules.upgrade_waits && self.upgrades(now_us, id.0, want))
                 || (fresh && self.has_earlier(now_us, id.0, Some(id), want))
         });
         if blocked {

@@ -167,6 +167,23 @@ fn a_lapsed_lease_is_lost_for_its_holder_and_found_by_the_next_who_looks() {
 }
 
 #[test]
+fn a_grant_after_a_lapse_has_a_new_token_though_nobody_has_seen_the_lapse() {
+    let mut b = Bench::new();
+    let (o1, o2) = (b.owner(), b.owner());
+    let (old, other) = (b.ask(o1, &[("b", S)]), b.ask(o2, &[("a", X)]));
+    let token = tokens(&b.acquire(&old))[0];
+    b.acquire(&other);
+    b.now_us += 2_000_000;
+    assert_eq!(b.renew(&other, false), Renewed::Held(None));
+    let both = b.ask(o1, &[("a", X), ("b", S)]);
+    assert!(matches!(b.acquire(&both), Acquired::Queued { .. }));
+    b.now_us += 1_500_000;
+    b.release(&other);
+    assert_eq!(b.handed(), [both.part.request]);
+    assert!(tokens(&b.acquire(&both))[1] > token);
+}
+
+#[test]
 fn a_late_copy_of_a_cancelled_request_is_never_granted() {
     let mut b = Bench::new();
     let o1 = b.owner();
@@ -174,6 +191,19 @@ fn a_late_copy_of_a_cancelled_request_is_never_granted() {
     b.queue.cancel(b.now_us, &ask.part).unwrap();
     assert_eq!(b.acquire(&ask), Acquired::Cancelled);
     assert!(b.queue.is_idle());
+}
+
+#[test]
+fn a_cancel_that_is_sent_twice_is_remembered_once_and_not_for_ever() {
+    let mut b = Bench::new();
+    let o1 = b.owner();
+    let ask = b.ask(o1, &[("k", X)]);
+    b.queue.cancel(b.now_us, &ask.part).unwrap();
+    let once = b.queue.clone();
+    b.queue.cancel(b.now_us, &ask.part).unwrap();
+    assert_eq!(b.queue, once);
+    b.queue.sweep(b.now_us + micros(TOMBSTONE)).unwrap();
+    assert_eq!(b.queue, Queue::default());
 }
 
 #[test]
@@ -211,4 +241,61 @@ fn sweeping_leaves_nothing_of_what_has_lapsed() {
     b.acquire(&waiter);
     b.queue.sweep(b.now_us + 10_000_000).unwrap();
     assert!(b.queue.is_idle());
+}
+
+#[test]
+fn a_waiter_is_not_promoted_to_an_upgrade_of_what_its_owner_came_to_hold() {
+    let mut b = Bench::new();
+    let (o1, o2) = (b.owner(), b.owner());
+    let (reader, writer) = (b.ask(o1, &[("k", S)]), b.ask(o2, &[("k", X)]));
+    b.acquire(&reader);
+    assert!(matches!(b.acquire(&writer), Acquired::Queued { .. }));
+    // Another process, to which the writer's owner id was sent, reads.
+    let elsewhere = Acquire { wait: false, ..b.ask(o2, &[("k", S)]) };
+    let shared = tokens(&b.acquire(&elsewhere))[0];
+    b.release(&reader);
+    assert_eq!(b.handed(), [], "its own shared entry is in the way");
+    b.release(&elsewhere);
+    let over = b.queue.take_hand_overs().remove(0);
+    assert_eq!(over.grant.request, writer.part.request);
+    assert!(over.grant.tokens[0].get() > shared);
+}
+
+#[test]
+fn the_token_of_an_entry_that_has_lapsed_is_not_given_out_again() {
+    let mut b = Bench::new();
+    let (o1, o2, o3) = (b.owner(), b.owner(), b.owner());
+    let old = b.ask(o1, &[("a", X)]);
+    let stale = tokens(&b.acquire(&old))[0];
+    let busy = Acquire {
+        lease: Lease::new(Duration::from_secs(60)).unwrap(),
+        ..b.ask(o3, &[("b", X)])
+    };
+    b.acquire(&busy);
+    let other = b.ask(o2, &[("a", X), ("b", X)]);
+    let again = b.ask(o1, &[("a", X), ("b", X)]);
+    b.now_us += 1_000_000;
+    b.acquire(&other);
+    b.acquire(&again);
+    // The first entry lapses, and the next steps look at other keys first.
+    b.now_us += 2_000_000;
+    b.release(&busy);
+    assert_eq!(b.handed(), [other.part.request]);
+    b.release(&other);
+    let over = b.queue.take_hand_overs().remove(0);
+    assert_eq!(over.grant.request, again.part.request);
+    assert!(over.grant.tokens.iter().all(|token| token.get() > stale), "{over:?}");
+}
+
+#[test]
+fn an_acquire_that_is_sent_again_after_the_hand_over_is_held_for_a_whole_lease() {
+    let mut b = Bench::new();
+    let (o1, o2) = (b.owner(), b.owner());
+    let (first, second) = (b.ask(o1, &[("k", X)]), b.ask(o2, &[("k", X)]));
+    b.acquire(&first);
+    b.acquire(&second);
+    b.release(&first);
+    tokens(&b.acquire(&second));
+    let seen = b.queue.inspect(b.now_us, &second.part.wants[0].key);
+    assert_eq!(seen.holders[0].expires_in, second.lease.get());
 }

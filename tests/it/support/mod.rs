@@ -16,14 +16,22 @@ mod process;
 mod proxy;
 mod redis;
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
 
 pub use directory::Directory;
 pub use postgres::PostgresServer;
+pub use process::{children, is_alive};
 pub use proxy::{Fault, Proxy};
 pub use redis::RedisServer;
+
+/// Where cargo puts the example `name`, seen from a test.
+pub fn program(name: &str) -> PathBuf {
+    let test = std::env::current_exe().unwrap();
+    test.parent().unwrap().parent().unwrap().join("examples").join(name)
+}
 
 /// Waits until `condition` holds, asking every few milliseconds.
 ///

@@ -1,8 +1,8 @@
 -- Asks for all keys of a set: the slow way, behind acquire_fast.lua, slots.lua and line.lua.
 --
--- ARGV[5]: f (fresh) or i (incremental), w (wait) or t (try), then :client:limit and refresh, waiter
--- and claim times in µs. The order of the checks is that of protocol::Queue::acquire. A place in line
--- is a number from the token counter: it only grows, whatever the clock does.
+-- ARGV[5]: f (fresh) or i (incremental), w (wait) or t (try), then :client:limit and refresh,
+-- waiter and claim times in µs. The order of the checks is that of protocol::Queue::acquire. A
+-- place in line is a number from the token counter: it only grows, whatever the clock does.
 local owner, r = sub(ARGV[1], 1, 32), sub(ARGV[1], 33)
 local standing_as, wait, client, limit, refresh, life, claim =
   match(ARGV[5], '^([fi])([wt]):(%x+):(%d+):(%d+):(%d+):(%d+)$')
@@ -14,7 +14,7 @@ local wants = wants_of(3, #KEYS - 2, ARGV[3])
 local function foreign()
   for _, w in ipairs(wants) do
     local s = load(w.name)
-    if s.bad then return {'corrupt', s.bad} end
+    if s.bad or s.stuck then return {'corrupt', s.bad or s.stuck} end
   end
 end
 
@@ -77,7 +77,7 @@ for i, w in ipairs(wants) do
   local s = slot(w.name)
   names[i] = w.name
   call('ZADD', s.q, text(number), w.m .. ARGV[1])
-  s.changed = s.changed or s.line == 0
+  s.changed = s.changed or s.line == 0 and not s.many
   s.line = s.line + 1
   s.need = math.max(s.need, ends)
 end

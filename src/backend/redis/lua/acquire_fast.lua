@@ -8,8 +8,8 @@
 --       busy, index of the want, 1 if somebody waits, owners... | upgrade, index | limit, index |
 --       cancelled | corrupt, Redis key
 --
--- One MGET reads everything that could be in the way, the tombstone included, so that a late copy of
--- a cancelled request costs no call of its own. MGET shows a value of a foreign type as missing:
+-- One MGET reads everything that could be in the way, the tombstone included, so that a late copy
+-- of a cancelled request costs no call of its own. MGET shows a value of a foreign type as missing:
 -- EXISTS and NX keep it from being overwritten. The counter is checked before the first write.
 -- Refused by Redis as a whole when memory is full: the script has no allow-oom flag.
 local call = redis.call

@@ -1,5 +1,5 @@
--- Ends a request whatever became of it: not arrived yet, queued, granted, released. Behind cancel_start.lua,
--- slots.lua and line.lua.
+-- Ends a request whatever became of it: not arrived yet, queued, granted, released.
+-- Behind cancel_start.lua, slots.lua and line.lua.
 --
 -- KEYS: 1 tombstone of the request, 2.. heads, in the order of the wants
 -- ARGV: 1 owner and request, 2 ms that the tombstone lives

@@ -1,10 +1,13 @@
 -- Shows who holds a key and who waits for it. Writes nothing.
 --
--- KEYS: 1 head, 2 line, 3 shared holders, 4 their deadlines, 5 records of waiters, 6 ends of waiters
--- Returns: now in µs, holders, waiters; or corrupt, Redis key. A holder is {owner and request, mode,
---       token, deadline, place, metadata}, a waiter {owner and request, mode, since, deadline,
---       metadata}; metadata is false without any. Holders of several owners come in no order: place,
---       then token, tells it.
+-- KEYS: 1 head, 2 line, 3 shared holders, 4 their deadlines, 5 records of waiters, 6 their ends
+-- ARGV: none
+-- Returns: now in µs, holders, waiters; or corrupt, Redis key.
+--       holder: owner and request, mode, token, deadline, place, metadata
+--       waiter: owner and request, mode, since, deadline, metadata
+--
+-- Metadata is false where there is none. Holders of several owners come in no order: place, then
+-- token, tells it.
 local call, try = redis.call, redis.pcall
 local sub, match = string.sub, string.match
 local t = call('TIME')
@@ -20,9 +23,9 @@ end
 local function add(owner, token, m, r, deadline, place)
   if deadline <= now then return end
   local id = owner .. r
-  holders[#holders + 1] = {
-    id, string.lower(m), token, string.format('%.0f', deadline), place, metadata(id, m == string.upper(m)),
-  }
+  local meta = metadata(id, m == string.upper(m))
+  holders[#holders + 1] =
+    {id, string.lower(m), token, string.format('%.0f', deadline), place, meta}
 end
 
 local function each(rest, f)
@@ -65,15 +68,16 @@ local function many()
 end
 
 local head = try('GET', KEYS[1])
-if head and (type(head) == 'table' or not (head == '#' and many() or head ~= '#' and packed(head))) then
-  return {'corrupt', KEYS[1]}
-end
+local ours = not head
+if head == '#' then ours = many() elseif type(head) == 'string' then ours = packed(head) end
+if not ours then return {'corrupt', KEYS[1]} end
 local line = try('ZRANGE', KEYS[2], 0, -1)
 if line.err then return {'corrupt', KEYS[2]} end
 for _, w in ipairs(line) do
   local id = sub(w, 2)
   local v, ends = try('HGET', KEYS[5], id), try('ZSCORE', KEYS[6], id)
-  local since, meta = match(type(v) == 'string' and v or '', '^%d+:(%d+):%d+:%d+:%d+:%x+:%d+:([01]):')
+  v = type(v) == 'string' and v or ''
+  local since, meta = match(v, '^%d+:(%d+):%d+:%d+:%d+:%x+:%d+:([01]):')
   if since and type(ends) == 'string' and tonumber(ends) > now then
     local deadline = string.format('%.0f', tonumber(ends))
     waiters[#waiters + 1] = {id, sub(w, 1, 1), since, deadline, metadata(id, meta == '1')}

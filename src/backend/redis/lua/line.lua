@@ -1,4 +1,7 @@
--- What the writing scripts share, second half: who waits, who is next, and saving. Behind slots.lua.
+-- What the writing scripts share, second half: who waits, who is next, and saving.
+--
+-- KEYS, ARGV: those of the script that it is part of; only wants_of looks at them
+-- Returns: nothing; it defines what the script's own part uses. Stands behind slots.lua
 
 -- The record of a request that waits, or nil. Names are separated by NUL, which no key contains.
 local function record(id)
@@ -27,7 +30,7 @@ local function leave(rec)
     local s = slot(w.name)
     if not s.bad then
       s.line = s.line - call('ZREM', s.q, w.m .. rec.id)
-      s.changed = true
+      s.changed = s.changed or not s.many
     end
   end
 end
@@ -53,19 +56,20 @@ local function bury()
   return true
 end
 
--- Collects the waiters at a key that the key itself would let in. Nobody behind the first that wants
--- to be alone can be: it is in the way of all who came later, in line or as a holder. (Of all but its
--- own owner: but an owner has one waiting request, and its clients see to that.)
+-- Collects the waiters at a key that the key itself would let in. Nobody behind the first that
+-- wants to be alone can be: it is in the way of all who came later, in line or as a holder. (Of all
+-- but its own owner: but an owner has one waiting request, and its clients see to that.)
 local function front(s, found)
   local from, size = 0, 8
   while from < s.line do
     local w = call('ZRANGE', s.q, from, from + size - 1, 'WITHSCORES')
     for i = 1, #w, 2 do
       local m, id = sub(w[i], 1, 1), sub(w[i], 2)
-      if not taken(s, sub(id, 1, 32), m) then
+      local open = not taken(s, sub(id, 1, 32), m)
+      if open then
         found[#found + 1] = {ticket = tonumber(w[i + 1]), id = id, s = s, member = w[i]}
       end
-      if m == 'x' and call('HEXISTS', W, id) == 1 then return end
+      if m == 'x' and (open or call('HEXISTS', W, id) == 1) then return end
     end
     from, size = from + size, size * 4
   end
@@ -76,7 +80,7 @@ local function let_in(c)
   local rec = record(c.id)
   if not rec then -- its record was deleted by somebody else
     c.s.line = c.s.line - call('ZREM', c.s.q, c.member)
-    c.s.changed = true
+    c.s.changed = c.s.changed or not c.s.many
     return weaken(c.s)
   end
   for _, w in ipairs(rec.wants) do
@@ -87,12 +91,13 @@ local function let_in(c)
   if not token then return end
   leave(rec)
   local tokens = hold(rec.owner, rec.r, rec.wants, now + rec.claim, token, rec.meta)
-  call('PUBLISH', 'palisade:c:' .. rec.client, rec.id .. ' ' .. runs(tokens))
+  -- A push is a hint; a user who may not publish must not stop the script half-way.
+  try('PUBLISH', 'palisade:c:' .. rec.client, rec.id .. ' ' .. runs(tokens))
 end
 
 -- Grants every waiter that the changes at the dirty keys let through, in the order of arrival.
--- A grant lets nobody else through, so one pass is enough for what is known; a lapse that is found on
--- the way makes another pass.
+-- A grant lets nobody else through, so one pass is enough for what is known; a lapse that is found
+-- on the way makes another pass.
 local function promote()
   while #dirty > 0 do
     local found, seen = {}, {}
@@ -115,8 +120,8 @@ local function promote()
   end
 end
 
--- Where a waiter stands, and when it should ask again: after one refresh interval, or, for the first
--- in a line, when the last lease in its way may have lapsed.
+-- Where a waiter stands, and when it should ask again: after one refresh interval, or, for the
+-- first in a line, when the last lease in its way may have lapsed.
 local function standing(rec)
   local position, ends = 0, 0
   for _, w in ipairs(rec.wants) do
@@ -149,7 +154,8 @@ local function give_up(owner, r, wants)
   if rec then drop(rec) end
 end
 
--- Writes back what changed; the records of waiters live as long as the longest line. Returns `reply`.
+-- Writes back what changed; the records of waiters live as long as the longest line.
+-- Returns `reply`.
 local function save(reply)
   local longest = 0
   for _, s in ipairs(order) do

@@ -5,7 +5,8 @@
 -- Returns: 1 released | 0 gone | corrupt, Redis key
 --
 -- A head that begins as the fast way of acquire wrote it belongs to this request alone and has
--- neither waiters nor metadata, whatever its token. All flags allow-oom: it must work when memory is full.
+-- neither waiters nor metadata, whatever its token. Runs with allow-oom, as renew and cancel do:
+-- what is held must be given up when memory is full.
 local call = redis.call
 local v = call('MGET', unpack(KEYS))
 local modes = ARGV[2]

@@ -1,8 +1,8 @@
 -- Keeps requests alive: the slow way, behind renew_fast.lua, slots.lua and line.lua.
 --
--- Each request as in protocol::Queue::renew, with two differences for the sake of those that share the
--- call: a key with a foreign value is a lost key, and a foreign token counter only keeps waiters from
--- being granted. Neither costs the other requests their leases.
+-- Each request as in protocol::Queue::renew, with two differences for the sake of those that share
+-- the call: a key with a foreign value is a lost key, and a foreign token counter only keeps
+-- waiters from being granted. Neither costs the other requests their leases.
 if not bury() then return {'corrupt', corrupt} end
 
 local function lengthen(s, owner, r, deadline)

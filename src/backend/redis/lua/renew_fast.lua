@@ -6,7 +6,7 @@
 --       queued, ask again in µs. Or only: corrupt, Redis key
 --
 -- A head that begins as the fast way of acquire wrote it has no explicit deadline: its TTL is the
--- lease. GT: a deadline never moves back. Who waits must be told its tokens, so it goes the slow way.
+-- lease. GT: a deadline never moves back. Who waits must be told its tokens, the slow way.
 local call = redis.call
 local v = call('MGET', unpack(KEYS))
 local out, slow = {}, {}

@@ -1,13 +1,17 @@
 -- What the writing scripts share, first half: what stands at a key, and who holds it.
 --
+-- KEYS, ARGV: those of the script that it is part of; from KEYS[1] the prefix of the partition
+-- Returns: nothing; it defines what line.lua and the script's own part use
+--
 -- Stands between the fast way of a script and its slow way, so that a call that meets nobody never
 -- pays for it. Expects: call = redis.call; now = the clock in µs, read once; count = the number in
--- the token counter where it was read already, else nil. Why, and the layout: module docs of redis/mod.rs.
+-- the token counter where it was read already, else nil. The layout, and why: docs of redis/mod.rs.
 --
 -- Every script loads and checks, decides, writes, and saves last. Reads of what could be foreign go
 -- through pcall; after a slot is loaded, no later call on its keys can fail.
 local try = redis.pcall
-local sub, match, gmatch, upper, lower = string.sub, string.match, string.gmatch, string.upper, string.lower
+local sub, match, gmatch = string.sub, string.match, string.gmatch
+local upper, lower = string.upper, string.lower
 local P = match(KEYS[1], '^palisade:{%d+}:')
 local W, E = P .. 'w', P .. 'e'
 local GRACE = 30000 -- ms that a key with explicit deadlines outlives the last of them
@@ -80,10 +84,14 @@ local function read(s, v)
 end
 
 -- What stands at a key. `v` is the head's value where it was read already.
---   head, q, h, d  names of its Redis keys       had   whether the head exists
---   owner, token, list   holders of one owner    many  holders of several owners, all shared, kept in
---   line   how many wait                               h (owner -> entries) and d (entry -> deadline)
---   need   how long it must live, in µs          bad   the Redis key in which something foreign stands
+--   head, q, h, d        names of its Redis keys
+--   had                  whether the head exists
+--   owner, token, list   the holder: n of an entry is its deadline, in µs
+--   many                 holders of several owners, all shared: h is owner -> entries, n of an
+--                        entry is its place among them; d is entry -> deadline
+--   line                 how many wait
+--   need                 until when the slot must live, in µs, beside the deadlines in list
+--   bad                  the Redis key in which something foreign stands; the slot is not touched
 local function load(name, v)
   local s = slots[name]
   if s then return s end
@@ -169,7 +177,7 @@ local function remove(s, owner, r)
     store(s, owner, token, list)
   end
   if gone.m == upper(gone.m) then call('DEL', P .. 'm:' .. owner .. r) end
-  s.changed = true
+  s.changed = s.changed or not s.many
   weaken(s)
   return true
 end
@@ -191,12 +199,13 @@ local function slot(name)
   return s
 end
 
--- Whether a second owner could share the key: it takes h and d, which must not be foreign.
+-- Whether a second owner could share the key: it takes h and d, which must not be foreign. If they
+-- are, `stuck` names the one; those who hold the key alone do not need them.
 local function widens(s)
   if s.wide == nil then
     local h, d = call('TYPE', s.h).ok, call('TYPE', s.d).ok
     s.wide = (h == 'none' or h == 'hash') and (d == 'none' or d == 'zset')
-    if not s.wide then s.bad = (h == 'none' or h == 'hash') and s.d or s.h end
+    if not s.wide then s.stuck = (h == 'none' or h == 'hash') and s.d or s.h end
   end
   return s.wide
 end
@@ -249,7 +258,8 @@ local function narrow(s, owner)
 end
 
 -- Makes an owner a holder in one more way. The caller has seen that the key is not taken, so an
--- exclusive entry has no other owner beside it, and a key of several owners has shared entries only.
+-- exclusive entry has no other owner beside it, and a key of several owners has shared entries
+-- only.
 local function add(s, owner, r, m, deadline, token)
   if s.many then
     if s.owners == 0 or lower(m) == 'x' then narrow(s, owner) end
@@ -270,7 +280,8 @@ local function add(s, owner, r, m, deadline, token)
   end
 end
 
--- Grants a request on all of its keys; a key that its owner holds keeps its token. Returns the tokens.
+-- Grants a request on all of its keys; a key that its owner holds keeps its token.
+-- Returns the tokens.
 local function hold(owner, r, wants, deadline, fresh, meta)
   local tokens, took = {}, false
   for i, w in ipairs(wants) do
