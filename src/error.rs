@@ -141,7 +141,8 @@ impl Error {
         self
     }
 
-    /// Says that the work may have been done, so that it must not be started over, whatever the kind.
+    /// Says that the work may have been done, so that it must not be started over, whatever the
+    /// kind.
     #[must_use]
     pub fn with_no_retry(mut self) -> Self {
         self.0.is_final = true;
@@ -217,8 +218,8 @@ impl Error {
 
     /// Whether the whole work may be started over, and how.
     ///
-    /// An error in doubt is never retried: the work may have been done. Nor is a lease that was lost
-    /// under a plain lock, where no store has kept the work of a stale holder out.
+    /// An error in doubt is never retried: the work may have been done. Nor is a lease that was
+    /// lost under a plain lock, where no store has kept the work of a stale holder out.
     #[must_use]
     pub fn retry_advice(&self) -> RetryAdvice {
         if self.0.is_final {

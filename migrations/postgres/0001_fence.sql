@@ -20,11 +20,11 @@ CREATE TABLE palisade_fence (
     touched bigint NOT NULL
 ) WITH (fillfactor = 70);
 
--- Tokens at or below the mark are refused, so rows that carry no higher one may go. advanced is the
--- time at which the mark was last moved.
+-- Tokens at or below the mark are refused, so rows that carry no higher one may go. advanced is a
+-- time at which the mark was known to be committed; NULL while it is not.
 CREATE TABLE palisade_watermark (
     mark bigint NOT NULL,
-    advanced bigint NOT NULL
+    advanced bigint
 );
 INSERT INTO palisade_watermark (mark, advanced) VALUES (0, 0);
 

@@ -121,8 +121,8 @@ impl Schedule {
         }
     }
 
-    /// Takes a job out if it is still of the same kind, as it was when it was started; says whether it
-    /// was.
+    /// Takes a job out if it is still of the same kind, as it was when it was started; says whether
+    /// it was.
     pub(super) fn done(&self, request: RequestId, kind: &Job) -> bool {
         let mut table = self.lock();
         let same = table.jobs.get(&request).is_some_and(|(job, _)| job.is_like(kind));

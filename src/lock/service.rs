@@ -142,8 +142,8 @@ impl Service {
         Ok(())
     }
 
-    /// Asks until there is a grant, a refusal, or no time left; `None` when the books have to be asked
-    /// again, because what was to be re-entered was given up meanwhile.
+    /// Asks until there is a grant, a refusal, or no time left; `None` when the books have to be
+    /// asked again, because what was to be re-entered was given up meanwhile.
     async fn ask(
         self: &Arc<Self>,
         order: &Order,

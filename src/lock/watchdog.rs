@@ -1,9 +1,9 @@
 //! The one task of a lock service: it renews, refreshes, and settles what was dropped.
 //!
 //! Leases that are due together are renewed in one call per partition; calls run side by side, each
-//! with a time-out of its own, so that a slow partition delays nobody else. Leases with little time left
-//! are sent apart from those with much, because the time-out of a call is that of its most urgent lease.
-//! Releases have places of their own, so that many of them hold up no renewal.
+//! with a time-out of its own, so that a slow partition delays nobody else. Leases with little time
+//! left are sent apart from those with much, because the time-out of a call is that of its most
+//! urgent lease. Releases have places of their own, so that many of them hold up no renewal.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
@@ -107,7 +107,8 @@ impl Watchdog {
         batches
     }
 
-    /// Whether a grant is renewed now, and with how much time left: the same number, about the same.
+    /// Whether a grant is renewed now, and with how much time left: the same number, about the
+    /// same.
     fn urgency(&self, kept: &Arc<Kept>, now: Instant) -> Option<u32> {
         let request = kept.part.request;
         let job = Job::Keep(Arc::clone(kept));

@@ -108,7 +108,9 @@ pub(crate) fn sqlstate(error: &sqlx::Error) -> Cow<'_, str> {
 
 fn kind_of_sqlstate(code: &str, ours: bool) -> ErrorKind {
     match code {
-        "40001" | "40P01" | "55P03" => ErrorKind::Conflict,
+        // 57P01: a newer holder of a key has ended the session, or an operator has. Whatever it had
+        // open is rolled back, so it may start over; a server that is down says so then.
+        "40001" | "40P01" | "55P03" | "57P01" => ErrorKind::Conflict,
         "25P02" => ErrorKind::Aborted,
         "42501" => ErrorKind::Denied,
         "42P01" | "42703" if ours => ErrorKind::NotMigrated,
@@ -136,6 +138,9 @@ fn detail(kind: ErrorKind, error: &sqlx::Error) -> &'static str {
             "the pool had no free connection in time; raise max_connections, or hold fewer branches"
         }
         (_, sqlx::Error::PoolClosed) => "the pool was closed",
+        (ErrorKind::Conflict, error) if lost_reply(error) => {
+            "the session was ended, by a newer holder of a key or by an operator"
+        }
         (ErrorKind::Conflict, _) => "the store could not order this transaction among others",
         (ErrorKind::Unavailable, _) => "the store could not be reached, or ended the session",
         (ErrorKind::Denied, _) => "the store refused the credentials, or a privilege is missing",
@@ -207,7 +212,8 @@ mod tests {
             assert_eq!(kind_of_sqlstate(code, false), ErrorKind::Conflict, "{code}");
         }
         assert_eq!(kind_of_sqlstate("28P01", false), ErrorKind::Denied);
-        assert_eq!(kind_of_sqlstate("57P01", false), ErrorKind::Unavailable);
+        assert_eq!(kind_of_sqlstate("57P01", false), ErrorKind::Conflict);
+        assert_eq!(kind_of_sqlstate("57P03", false), ErrorKind::Unavailable);
         assert_eq!(kind_of_sqlstate("42P01", false), ErrorKind::Store);
         assert_eq!(kind_of_sqlstate("42P01", true), ErrorKind::NotMigrated);
         assert_eq!(kind_of_sqlstate("23505", true), ErrorKind::Store);

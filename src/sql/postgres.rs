@@ -26,6 +26,8 @@ pub(crate) const PURGE: &str = include_str!("postgres/purge.sql");
 pub(crate) const PURGE_SESSIONS: &str = include_str!("postgres/purge_sessions.sql");
 /// See the file.
 pub(crate) const WATERMARK: &str = include_str!("postgres/watermark.sql");
+/// See the file.
+pub(crate) const WATERMARK_SEEN: &str = include_str!("postgres/watermark_seen.sql");
 
 // These are sent whole each time, so their headers stay here.
 static PUBLISH: Bare = LazyLock::new(|| bare(include_str!("postgres/publish.sql")));
@@ -100,6 +102,15 @@ pub(crate) fn begin(
         .replace("{lock_ms}", &millis(lock))
         .replace("{fence_ms}", &millis(fence))
         .replace("{lease_ms}", &millis(lease))
+}
+
+/// Starts the savepoint in which keys are added to an open branch, under the limits of a fence.
+pub(crate) fn savepoint(lock: Duration, fence: Duration) -> String {
+    format!(
+        "SAVEPOINT palisade_extend; SET LOCAL lock_timeout = {}; SET LOCAL statement_timeout = {}",
+        millis(lock),
+        millis(fence)
+    )
 }
 
 /// `begin_read.sql` with its values.

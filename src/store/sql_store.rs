@@ -135,14 +135,14 @@ impl<DB: SqlDatabase> SqlStore<DB> {
                           commit can be settled; use read, or declare a key exclusively";
             return Err(Error::new(ErrorKind::Misuse, "enlist", detail));
         }
-        let opened = bounded(fence, DB::open(self, fence)).await?;
+        let opened = bounded("enlist", fence, DB::open(self, fence)).await?;
         Ok(Arc::new(BranchCore::new(self, fence, false, opened)))
     }
 
     /// Opens a branch that reads one snapshot.
     pub(crate) async fn open_read_typed(&self, fence: &Fence) -> Result<Arc<BranchCore<DB>>> {
         check(fence)?;
-        let opened = bounded(fence, DB::open_read(self, fence)).await?;
+        let opened = bounded("read", fence, DB::open_read(self, fence)).await?;
         Ok(Arc::new(BranchCore::new(self, fence, true, opened)))
     }
 
@@ -181,12 +181,29 @@ impl<DB: SqlDatabase> SqlStore<DB> {
 
 /// Ends an attempt to open a branch that is stuck: an answer that never comes must not outlive the
 /// deadline by more than the time that a server needs to say why.
-async fn bounded<T>(fence: &Fence, open: impl Future<Output = Result<T>>) -> Result<T> {
+///
+/// A process that was stopped meanwhile finds its session gone; what it has to know is that the lease is.
+async fn bounded<T>(
+    operation: &'static str,
+    fence: &Fence,
+    open: impl Future<Output = Result<T>>,
+) -> Result<T> {
     let patience = fence.deadline + Duration::from_secs(1);
-    timeout_at(patience, open).await.unwrap_or_else(|_| {
+    let opened = timeout_at(patience, open).await.unwrap_or_else(|_| {
         let detail = "the store did not answer within the deadline";
-        Err(Error::new(ErrorKind::Unavailable, "fence", detail).with_transaction(fence.attempt))
-    })
+        Err(Error::new(ErrorKind::Unavailable, operation, detail).with_transaction(fence.attempt))
+    });
+    match opened {
+        Err(error) if error.kind() != ErrorKind::StaleToken && !fence.state.is_held() => {
+            Err(lease_lost(operation, fence).with_source(error))
+        }
+        opened => opened,
+    }
+}
+
+fn lease_lost(operation: &'static str, fence: &Fence) -> Error {
+    let detail = "the lease was lost, so another transaction may hold the keys now";
+    Error::new(ErrorKind::LeaseLost, operation, detail).with_transaction(fence.attempt)
 }
 
 fn check(fence: &Fence) -> Result<()> {
@@ -195,10 +212,7 @@ fn check(fence: &Fence) -> Result<()> {
         return Err(Error::new(ErrorKind::Misuse, "enlist", detail));
     }
     if !fence.state.is_held() {
-        let detail = "the lease was lost, so another transaction may hold the keys now";
-        return Err(
-            Error::new(ErrorKind::LeaseLost, "enlist", detail).with_transaction(fence.attempt)
-        );
+        return Err(lease_lost("enlist", fence));
     }
     Ok(())
 }

@@ -70,8 +70,8 @@ impl TransactionRequest {
         self
     }
 
-    /// How long begin waits for keys that others hold; zero tries once. Each fence waits as long for
-    /// a connection and for rows that others have changed, and at least a second.
+    /// How long begin waits for keys that others hold; zero tries once. Each fence waits as long
+    /// for a connection and for rows that others have changed, and at least a second.
     pub fn wait(mut self, wait: Duration) -> Self {
         self.wait = wait;
         self

@@ -52,8 +52,8 @@ impl Tx {
 }
 
 impl Core {
-    /// Locks what is not held yet, and fences what is not fenced yet: an earlier call may have locked a
-    /// key and failed to fence it.
+    /// Locks what is not held yet, and fences what is not fenced yet: an earlier call may have
+    /// locked a key and failed to fence it.
     async fn add_keys(&self, keys: &[String]) -> Result<()> {
         let _one_at_a_time = self.one_at_a_time().await;
         let new: Vec<&String> =

@@ -17,10 +17,10 @@ impl TransactionRequest {
     /// meet: keys were busy, a statement or the commit lost against another transaction (SQLSTATE
     /// 40001, 40P01, 55P03, `SQLITE_BUSY`), the lease was lost before the commit, the token was
     /// stale (then as a new owner with a higher token), or waiting for more keys could have
-    /// deadlocked (then with all keys declared). The
-    /// failure is seen where it happens, whatever error `work` makes of it: that of a statement, of
-    /// `enlist`, or of `nested`, unless one of the latter two has succeeded since. It is never started
-    /// over after [`InDoubt`](crate::ErrorKind::InDoubt), nor for an error that is `work`'s own.
+    /// deadlocked (then with all keys declared). The failure is seen where it happens, whatever
+    /// error `work` makes of it: that of a statement, of `enlist`, or of `nested`, unless one of
+    /// the latter two has succeeded since. It is never started over after
+    /// [`InDoubt`](crate::ErrorKind::InDoubt), nor for an error that is `work`'s own.
     ///
     /// `work` also runs when the fallback has taken care of an outage; it asks
     /// [`Tx::is_degraded`](crate::Tx::is_degraded).
@@ -115,8 +115,8 @@ impl TransactionRequest {
     }
 }
 
-/// Rolls back. The error, if it is not sure that nothing was committed: the work has sent a COMMIT of
-/// its own. Any other failure leaves nothing, because the connection is closed.
+/// Rolls back. The error, if it is not sure that nothing was committed: the work has sent a COMMIT
+/// of its own. Any other failure leaves nothing, because the connection is closed.
 async fn in_doubt(transaction: Transaction) -> Option<Error> {
     let answer = transaction.rollback().await;
     if let Err(error) = &answer {

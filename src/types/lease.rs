@@ -89,8 +89,8 @@ impl TryFrom<Duration> for Lease {
 /// What everyone who works under a set of grants shares: their deadlines, and the moment one was
 /// lost.
 ///
-/// A state is lost, or given up, once and for ever. It counts as lost as soon as one deadline has passed on the
-/// monotonic clock of this process, whether or not a timer has noticed.
+/// A state is lost, or given up, once and for ever. It counts as lost as soon as one deadline has
+/// passed on the monotonic clock of this process, whether or not a timer has noticed.
 #[derive(Debug, Default)]
 pub struct LeaseState {
     deadlines: Mutex<Vec<(RequestId, Instant)>>,
@@ -122,8 +122,8 @@ impl LeaseState {
         }
     }
 
-    /// Takes a grant out that was given up. With the last one, the state counts as lost: whoever still
-    /// looks at it must not take the keys for held.
+    /// Takes a grant out that was given up. With the last one, the state counts as lost: whoever
+    /// still looks at it must not take the keys for held.
     pub fn uncover(&self, request: RequestId) {
         let mut deadlines = self.deadlines();
         let before = deadlines.len();

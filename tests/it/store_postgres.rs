@@ -82,8 +82,12 @@ impl Bench {
 }
 
 async fn pool(port: u16) -> PgPool {
+    pool_of(4, port).await
+}
+
+async fn pool_of(size: u32, port: u16) -> PgPool {
     let url = format!("postgres://postgres@127.0.0.1:{port}/postgres");
-    let pool = PgPoolOptions::new().max_connections(4).acquire_timeout(Duration::from_secs(5));
+    let pool = PgPoolOptions::new().max_connections(size).acquire_timeout(Duration::from_secs(5));
     pool.connect(&url).await.unwrap()
 }
 
@@ -175,7 +179,8 @@ async fn a_stale_token_is_refused_with_its_key_and_the_stores_floor() {
 #[tokio::test]
 async fn keys_of_any_script_are_fenced_in_the_order_of_their_bytes() {
     let b = Bench::new().await;
-    let odd = ["a\"b\\c", "{x}", "ключ", "two words", "it's", "'; DROP TABLE account; --", "Z", "z"];
+    let odd =
+        ["a\"b\\c", "{x}", "ключ", "two words", "it's", "'; DROP TABLE account; --", "Z", "z"];
     let all =
         |token| fence(odd.iter().map(|key| held(key, Mode::Exclusive, token)).collect::<Vec<_>>());
     commit(&b.open(&all(7)).await).await;
@@ -192,7 +197,6 @@ async fn keys_of_any_script_are_fenced_in_the_order_of_their_bytes() {
 #[tokio::test]
 async fn a_failed_statement_keeps_its_kind_for_whoever_starts_over() {
     let b = Bench::new().await;
-    b.sql("UPDATE account SET cents = cents").await;
     let branch = b.open(&write("a", 10)).await;
     let raise = "DO $$ BEGIN RAISE EXCEPTION 'x' USING ERRCODE = '40001'; END $$";
     sqlx::raw_sql(raise).execute(&db(&branch)).await.unwrap_err();
@@ -282,8 +286,8 @@ async fn a_savepoint_clears_the_failure_within_it() {
     branch.rollback_to_savepoint(1).await.unwrap();
     branch.savepoint(1).await.unwrap();
     let handle = db(&branch);
-    let slow = sqlx::query("SELECT pg_sleep(0.2)").execute(&handle);
-    assert!(!drop_after(slow, 1).await);
+    let slow = sqlx::query("SELECT pg_sleep(0.5)").execute(&handle);
+    assert!(timeout(Duration::from_millis(100), slow).await.is_err());
     branch.abandon_savepoint(1);
     add(&branch, "alice", 100).await.unwrap();
     branch.savepoint(1).await.unwrap();
@@ -384,7 +388,8 @@ async fn a_lost_reply_to_commit_is_settled_as_committed() {
 async fn a_commit_that_never_arrived_is_settled_as_rolled_back_and_its_session_ended() {
     let b = Bench::new().await;
     let proxy = Proxy::start(b.server.port()).await;
-    let store = SqlStore::new("bank", pool(proxy.port()).await);
+    // One connection: the one that is closed makes room for the one that settles.
+    let store = SqlStore::new("bank", pool_of(1, proxy.port()).await);
     for (token, fresh) in [(10, true), (20, false)] {
         let branch = store.open(&write("a", token)).await.unwrap();
         add(&branch, "alice", 5).await.unwrap();
@@ -499,7 +504,6 @@ async fn a_future_dropped_at_any_await_leaves_the_pool_clean() {
             drop(branch);
             b.assert_clean().await;
             if finished {
-                assert!(n > 0);
                 break;
             }
         }
@@ -577,8 +581,8 @@ async fn a_branch_whose_session_is_gone_says_so_and_rolls_back() {
     b.sql(end).await;
     sleep(Duration::from_millis(50)).await;
     let error = Error::from(add(&branch, "alice", 5).await.unwrap_err());
-    assert!(error.is_unavailable(), "{error:?}");
-    assert!(branch.failure().unwrap().is_unavailable());
+    assert_eq!(error.kind(), ErrorKind::Conflict, "it may start over: {error:?}");
+    assert_eq!(branch.failure().unwrap().kind(), ErrorKind::Conflict);
     rolled_back(branch.commit().await);
     b.assert_clean().await;
     assert!(matches!(branch.commit().await, Outcome::RolledBack(_)));

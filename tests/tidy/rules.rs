@@ -119,8 +119,8 @@ pub fn vague_name(path: &str) -> Option<String> {
     Some(format!("{path}:1: `{vague}` says nothing about what is inside"))
 }
 
-/// A script or a statement whose file does not begin by saying what it does. A piece of a script may
-/// name another file beside it that says the rest; `read` gives the text of a file.
+/// A script or a statement whose file does not begin by saying what it does. A piece of a script
+/// may name another file beside it that says the rest; `read` gives the text of a file.
 pub fn missing_header(path: &str, read: impl Fn(&str) -> String) -> Option<String> {
     let text = header(&read(path));
     if text.trim_matches(['-', ' ', '\n']).is_empty() {

@@ -13,8 +13,8 @@ impl Queue {
         self.entries_of(now_us, owner, key).map(|(_, mode)| mode).max()
     }
 
-    /// The entries of `owner` on `key`, without those that have lapsed and were not found yet: others
-    /// may have held the key since.
+    /// The entries of `owner` on `key`, without those that have lapsed and were not found yet:
+    /// others may have held the key since.
     fn entries_of(
         &self,
         now_us: u64,

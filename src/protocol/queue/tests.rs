@@ -267,10 +267,8 @@ fn the_token_of_an_entry_that_has_lapsed_is_not_given_out_again() {
     let (o1, o2, o3) = (b.owner(), b.owner(), b.owner());
     let old = b.ask(o1, &[("a", X)]);
     let stale = tokens(&b.acquire(&old))[0];
-    let busy = Acquire {
-        lease: Lease::new(Duration::from_secs(60)).unwrap(),
-        ..b.ask(o3, &[("b", X)])
-    };
+    let busy =
+        Acquire { lease: Lease::new(Duration::from_secs(60)).unwrap(), ..b.ask(o3, &[("b", X)]) };
     b.acquire(&busy);
     let other = b.ask(o2, &[("a", X), ("b", X)]);
     let again = b.ask(o1, &[("a", X), ("b", X)]);

@@ -25,7 +25,7 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::error::Result;
-use crate::sql::postgres::{MIGRATIONS, PURGE, PURGE_SESSIONS, WATERMARK};
+use crate::sql::postgres::{MIGRATIONS, PURGE, PURGE_SESSIONS, WATERMARK, WATERMARK_SEEN};
 use crate::sql::{PURGE_BATCH, PURGE_GRACE, classify, migrate};
 
 use super::database::{Driver, Ending, Opened, Step};
@@ -187,27 +187,34 @@ async fn run(conn: &mut PgConnection, sql: impl Into<String>) -> Result<(), sqlx
 }
 
 /// One step of a purge: deletes below the watermark of an earlier round, or moves the watermark when
-/// nothing is left below it. Each statement is a transaction of its own.
+/// nothing is left below it. Each statement is a transaction of its own, and sound by itself.
 async fn purge_round(
     conn: &mut PgConnection,
     older_than: Duration,
 ) -> Result<(u64, i64), sqlx::Error> {
     const STATE: &str = "SELECT mark, advanced, \
          (extract(epoch FROM clock_timestamp()) * 1000000)::bigint FROM palisade_watermark";
-    let (mark, advanced, now): (i64, i64, i64) =
+    let (mark, advanced, now): (i64, Option<i64>, i64) =
         sqlx::query_as(STATE).fetch_one(&mut *conn).await?;
+    let Some(advanced) = advanced else {
+        sqlx::query(WATERMARK_SEEN).execute(&mut *conn).await?;
+        return Ok((0, mark));
+    };
     if now < advanced.saturating_add(micros(PURGE_GRACE)) {
         return Ok((0, mark));
     }
     let batch = i64::from(PURGE_BATCH);
+    run(conn, "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE").await?;
     let deleted = sqlx::query(PURGE).bind(mark).bind(batch).execute(&mut *conn).await?;
+    run(conn, "COMMIT").await?;
     if deleted.rows_affected() == u64::from(PURGE_BATCH) {
         return Ok((deleted.rows_affected(), mark));
     }
     let since = now.saturating_sub(micros(older_than));
-    sqlx::query(WATERMARK).bind(since).bind(now).execute(&mut *conn).await?;
+    sqlx::query(WATERMARK).bind(since).execute(&mut *conn).await?;
+    sqlx::query(WATERMARK_SEEN).execute(&mut *conn).await?;
     sqlx::query(PURGE_SESSIONS).execute(&mut *conn).await?;
-    let (mark, _, _): (i64, i64, i64) = sqlx::query_as(STATE).fetch_one(conn).await?;
+    let (mark, _, _): (i64, Option<i64>, i64) = sqlx::query_as(STATE).fetch_one(conn).await?;
     Ok((deleted.rows_affected(), mark))
 }
 

@@ -6,7 +6,7 @@ use sqlx::Postgres;
 use tokio::time::Instant;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::sql::postgres::{begin, begin_read, publish};
+use crate::sql::postgres::{begin, begin_read, publish, savepoint};
 use crate::sql::{FENCE_TIMEOUT, classify, refuse, sqlstate};
 use crate::types::Want;
 
@@ -94,17 +94,11 @@ async fn pass(
 
 /// Somebody was in the way: ends it if its time is over, and says whether to try again.
 async fn meet(session: &mut Session<Postgres>, fence: &Fence, error: sqlx::Error) -> Result<()> {
-    if !fence.state.is_held() {
-        let detail = "the lease was lost while the fence waited for another branch";
-        return Err(
-            Error::new(ErrorKind::LeaseLost, "fence", detail).with_transaction(fence.attempt)
-        );
-    }
     let waited = matches!(&*sqlstate(&error), "55P03" | "57014");
     if waited {
         contact(session.conn()?, fence, &fence.held).await?;
     }
-    if Instant::now() >= fence.deadline {
+    if Instant::now() >= fence.deadline || !fence.state.is_held() {
         return Err(blocked().with_source(error));
     }
     Ok(())
@@ -150,8 +144,7 @@ pub(super) async fn extend(
     let conn = open.session.conn().map_err(refuse)?;
     let deadline = Instant::now() + EXTEND_PATIENCE.min(fence.lease.get());
     loop {
-        let lock = LOCK_TIMEOUT.as_millis();
-        run(conn, format!("SAVEPOINT palisade_extend; SET LOCAL lock_timeout = {lock}")).await?;
+        run(conn, savepoint(LOCK_TIMEOUT, FENCE_TIMEOUT)).await?;
         let refused = match take(conn, store, fence, &missing, Some(fence.attempt)).await {
             Ok(taken) if taken.passed.len() == missing.len() => {
                 run(conn, "RELEASE SAVEPOINT palisade_extend").await?;

@@ -28,7 +28,13 @@ for _, w in ipairs(wants) do slot(w.name) end
 promote()
 if v[2] then return save({'cancelled'}) end
 local n, tokens = held(owner, r, wants)
-if n == #wants then return save({'granted', runs(tokens)}) end
+if n == #wants then
+  -- Whoever asks again counts a whole lease from its first asking. If the first copy was queued and
+  -- then handed over, there is only a claim.
+  for _, w in ipairs(wants) do lengthen(slot(w.name), owner, r, now + ARGV[2] * 1000) end
+  if meta then extend(P .. 'm:' .. ARGV[1], ARGV[2] + GRACE) end
+  return save({'granted', runs(tokens)})
+end
 if n > 0 then -- sent twice, and a part of it was deleted by somebody else meanwhile
   give_up(owner, r, wants)
   promote()
@@ -43,9 +49,7 @@ local blocked
 for i, w in ipairs(wants) do
   local s = slot(w.name)
   local token, list = own(s, owner)
-  local alone = false
-  for _, e in ipairs(list or {}) do alone = alone or lower(e.m) == 'x' end
-  if token and w.m == 'x' and not alone then return save({'upgrade', i}) end
+  if upgrades(s, owner, w.m) then return save({'upgrade', i}) end
   if token and #list >= tonumber(limit) then return save({'limit', i}) end
   if not blocked and (taken(s, owner, w.m)
       or (not token and fresh and earlier(s, owner, w.m))) then blocked = i end

@@ -85,7 +85,8 @@ local function let_in(c)
   end
   for _, w in ipairs(rec.wants) do
     local s = slot(w.name)
-    if taken(s, rec.owner, w.m) or earlier(s, rec.owner, w.m, w.m .. rec.id) then return end
+    if upgrades(s, rec.owner, w.m) or taken(s, rec.owner, w.m)
+        or earlier(s, rec.owner, w.m, w.m .. rec.id) then return end
   end
   local token = next_token(rec.floor)
   if not token then return end

@@ -5,19 +5,6 @@
 -- waiters from being granted. Neither costs the other requests their leases.
 if not bury() then return {'corrupt', corrupt} end
 
-local function lengthen(s, owner, r, deadline)
-  local _, list = own(s, owner)
-  local e = list[find(list, r)]
-  if s.many then
-    call('ZADD', s.d, 'XX', 'GT', text(deadline), owner .. r)
-  else
-    e.n = math.max(e.n, deadline)
-    s.changed = true
-  end
-  s.need = math.max(s.need, deadline)
-  return e.m == upper(e.m)
-end
-
 for _, x in ipairs(slow) do
   local id, lease = ARGV[x.a], tonumber(ARGV[x.a + 3])
   local owner, r = sub(id, 1, 32), sub(id, 33)

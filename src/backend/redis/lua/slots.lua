@@ -149,6 +149,31 @@ local function find(list, r)
   end
 end
 
+-- Whether the owner holds the key in a weaker mode: then a grant would be an upgrade, with a token
+-- that other readers may have passed.
+local function upgrades(s, owner, m)
+  local _, list = own(s, owner)
+  if not list or m == 's' then return false end
+  for _, e in ipairs(list) do
+    if lower(e.m) == 'x' then return false end
+  end
+  return true
+end
+
+-- Moves the deadline of an entry that is there, never back. Returns whether it has metadata.
+local function lengthen(s, owner, r, deadline)
+  local _, list = own(s, owner)
+  local e = list[find(list, r)]
+  if s.many then
+    call('ZADD', s.d, 'XX', 'GT', text(deadline), owner .. r)
+  else
+    e.n = math.max(e.n, deadline)
+    s.changed = true
+  end
+  s.need = math.max(s.need, deadline)
+  return e.m == upper(e.m)
+end
+
 local function joined(list)
   local parts = {}
   for i, e in ipairs(list) do parts[i] = ';' .. e.m .. e.r .. ':' .. text(e.n) end
