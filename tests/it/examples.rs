@@ -50,10 +50,10 @@ fn workers_are_killed_and_stopped_and_every_transfer_is_applied_once() {
         "4",
         "--kill",
         "--limit",
-        "3000",
+        "1500",
     ]);
     assert!(said.contains("only workers will be killed"), "{said}");
-    assert!(!said.contains("0 workers and"), "{said}");
+    assert!(!said.contains("workers killed 0,"), "{said}");
     assert_eq!(redis.command(&["GET", "mine"]), "untouched", "a server of others is not harmed");
 }
 
@@ -68,9 +68,9 @@ fn redis_is_killed_too_and_comes_back_empty_and_every_transfer_is_applied_once()
         "4",
         "--kill",
         "--limit",
-        "3000",
+        "1500",
     ]);
-    assert!(!said.contains("0 times Redis killed"), "{said}");
+    assert!(!said.contains("workers killed 0,") && !said.contains("Redis killed 0"), "{said}");
 }
 
 #[test]
