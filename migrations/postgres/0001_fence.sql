@@ -6,10 +6,10 @@ CREATE TABLE palisade_store (
 );
 INSERT INTO palisade_store (id) VALUES (gen_random_uuid());
 
--- One row per key: the newest tokens seen, and who wrote last under the key. Keys sort byte by byte,
--- as everywhere in palisade, whatever the collation of the database.
--- prior_tx is the write_tx that the last writer found; it settles a commit whose reply was lost.
--- Rows are changed all the time and never indexed by anything that changes: leave room for HOT.
+-- One row per key: the newest tokens seen, and who wrote last under the key. Keys sort byte by
+-- byte, as everywhere in palisade, whatever the collation of the database. prior_tx is the write_tx
+-- that the last writer found; it settles a commit whose reply was lost. Rows are changed all the
+-- time and never indexed by anything that changes: leave room for HOT.
 CREATE TABLE palisade_fence (
     resource text COLLATE "C" NOT NULL PRIMARY KEY,
     write_token bigint NOT NULL,

@@ -7,8 +7,8 @@ use std::io;
 
 use crate::error::{Error, ErrorKind};
 
-/// Makes our error of one of sqlx's, which stays its source. An error of ours that travelled through
-/// sqlx comes out as it was.
+/// Makes our error of one of sqlx's, which stays its source. An error of ours that travelled
+/// through sqlx comes out as it was.
 pub(crate) fn classify(operation: &'static str, error: sqlx::Error) -> Error {
     match unwrap_own(error) {
         Ok(own) => own,

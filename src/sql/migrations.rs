@@ -22,8 +22,8 @@ pub(crate) struct File {
 
 /// Runs those of `files` that did not run yet, in order.
 ///
-/// The caller has begun a transaction in which no other process can do the same, and ends it: then a
-/// run that fails or is dropped leaves nothing, and no lock, behind.
+/// The caller has begun a transaction in which no other process can do the same, and ends it: then
+/// a run that fails or is dropped leaves nothing, and no lock, behind.
 ///
 /// # Errors
 /// [`ErrorKind::NotMigrated`] when what ran before is not what is embedded here.

@@ -1,7 +1,7 @@
 //! What every user of an SQL database shares: error classes, statements, migrations.
 //!
-//! Statements of any length are files beside this module, each with a header that says what it takes,
-//! what it returns, and why it is written that way.
+//! Statements of any length are files beside this module, each with a header that says what it
+//! takes, what it returns, and why it is written that way.
 
 mod classify;
 mod migrations;
@@ -26,8 +26,8 @@ pub(crate) const PURGE_BATCH: u32 = 5_000;
 #[cfg(feature = "postgres")]
 pub(crate) const FENCE_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(5);
 
-/// How long after the watermark was moved the rows below it are deleted: twice the longest time that
-/// a fence statement may run.
+/// How long after the watermark was moved the rows below it are deleted: twice the longest time
+/// that a fence statement may run.
 ///
 /// A constant and no setting, because every process that shares the database must agree on it.
 pub(crate) const PURGE_GRACE: std::time::Duration = std::time::Duration::from_secs(10);

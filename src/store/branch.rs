@@ -22,26 +22,26 @@ use super::database::SqlDatabase;
 /// A branch is *one* connection. Statements that run side by side stand in line for it; a statement
 /// that is sent while a stream of the branch (`fetch`, `fetch_many`) is open fails at once with
 /// [`ErrorKind::Misuse`](crate::ErrorKind::Misuse), because waiting for a stream that the same task
-/// reads would never end. Every statement first checks that the lease is still held. Errors of palisade
-/// come as [`sqlx::Error`]; `?` in a function that returns [`palisade::Result`](crate::Result) turns
-/// them back.
+/// reads would never end. Every statement first checks that the lease is still held. Errors of
+/// palisade come as [`sqlx::Error`]; `?` in a function that returns
+/// [`palisade::Result`](crate::Result) turns them back.
 ///
-/// A statement that failed, or whose future was dropped before it had completed, leaves a branch that
-/// can only roll back, unless it happened within a nested transaction that is rolled back. Do not send
-/// `BEGIN`, `COMMIT`, `ROLLBACK` or `SAVEPOINT` through a branch: SQL is not parsed, so that is found
-/// out at the end, and then the outcome is in doubt.
+/// A statement that failed, or whose future was dropped before it had completed, leaves a branch
+/// that can only roll back, unless it happened within a nested transaction that is rolled back. Do
+/// not send `BEGIN`, `COMMIT`, `ROLLBACK` or `SAVEPOINT` through a branch: SQL is not parsed, so
+/// that is found out at the end, and then the outcome is in doubt.
 ///
 /// # Cancel safety
-/// Dropping a statement's future marks the branch as failed, and the transaction can only roll back.
-/// Dropping a stream does so only before its first item.
+/// Dropping a statement's future marks the branch as failed, and the transaction can only roll
+/// back. Dropping a stream does so only before its first item.
 pub struct Branch<'t, DB: SqlDatabase> {
     core: Arc<BranchCore<DB>>,
     transaction: PhantomData<&'t ()>,
 }
 
 impl<'t, DB: SqlDatabase> Branch<'t, DB> {
-    /// The typed handle of a branch that was opened by [`Store::open`](super::Store::open); `None` if it
-    /// is a branch in a database of another type. Transactions do this in `enlist`.
+    /// The typed handle of a branch that was opened by [`Store::open`](super::Store::open); `None`
+    /// if it is a branch in a database of another type. Transactions do this in `enlist`.
     #[must_use]
     pub fn on(branch: &'t Arc<dyn AnyBranch>) -> Option<Self> {
         Self::of(Arc::clone(branch))

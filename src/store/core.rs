@@ -59,7 +59,8 @@ impl<DB: SqlDatabase> BranchCore<DB> {
     }
 
     /// Waits for the connection on behalf of a stream. From now on until the claim is dropped every
-    /// other statement fails at once, because it might wait for the very task that reads the stream.
+    /// other statement fails at once, because it might wait for the very task that reads the
+    /// stream.
     pub(super) async fn stream_turn(
         &self,
     ) -> Result<(StreamClaim<'_, DB>, Turn<'_, DB>), sqlx::Error> {
@@ -249,8 +250,8 @@ impl<DB: SqlDatabase> AnyBranch for BranchCore<DB> {
     }
 }
 
-/// The right to use the connection for one statement. Dropped before the statement has completed, it
-/// marks the branch: what the server did with the statement is then not known.
+/// The right to use the connection for one statement. Dropped before the statement has completed,
+/// it marks the branch: what the server did with the statement is then not known.
 pub(super) struct Turn<'b, DB: SqlDatabase> {
     core: &'b BranchCore<DB>,
     guard: LineGuard<'b, Option<Opened<DB>>>,
@@ -322,8 +323,8 @@ impl<DB: SqlDatabase> Drop for Turn<'_, DB> {
     }
 }
 
-/// What a stream does to its branch: nothing once its first item has come, because then the server has
-/// done, or will do, all of the statement.
+/// What a stream does to its branch: nothing once its first item has come, because then the server
+/// has done, or will do, all of the statement.
 pub(super) struct Fate<'t, DB: SqlDatabase> {
     core: &'t BranchCore<DB>,
     running: &'t mut bool,

@@ -1,11 +1,11 @@
 //! The seam to the stores: a branch of a transaction in one database, behind its fence.
 //!
-//! A branch is handed out only after the fence rows of all its keys were changed in its transaction,
-//! so that no statement can come before the check: by type, not by advice.
+//! A branch is handed out only after the fence rows of all its keys were changed in its
+//! transaction, so that no statement can come before the check: by type, not by advice.
 //!
 //! [`SqlStore`] is the store of a database that sqlx speaks to, and [`Branch`] the handle that runs
-//! statements in one. What differs between databases is in one driver file each; drivers never see each
-//! other.
+//! statements in one. What differs between databases is in one driver file each; drivers never see
+//! each other.
 
 #[cfg(any(feature = "sqlite", feature = "postgres"))]
 mod branch;
@@ -136,8 +136,8 @@ pub trait AnyBranch: fmt::Debug + Send + Sync + 'static {
     /// Marks that the savepoint must be rolled back before anything else is done. Does no I/O.
     fn abandon_savepoint(&self, depth: u32);
 
-    /// Proves that this is still the same, healthy transaction, and commits. When the reply is lost it
-    /// finds out what became of the commit.
+    /// Proves that this is still the same, healthy transaction, and commits. When the reply is lost
+    /// it finds out what became of the commit.
     async fn commit(&self) -> Outcome;
 
     /// Rolls back; the connection returns to its pool only when that was acknowledged.

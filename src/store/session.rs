@@ -1,7 +1,7 @@
 //! A connection on loan from its pool, with everything that must be put right before it goes back.
 //!
-//! A connection goes back only when its last transaction is proven to have ended. Dropped in any other
-//! state it goes to the driver, which closes it or proves it.
+//! A connection goes back only when its last transaction is proven to have ended. Dropped in any
+//! other state it goes to the driver, which closes it or proves it.
 
 use sqlx::pool::PoolConnection;
 

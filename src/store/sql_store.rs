@@ -74,8 +74,8 @@ impl<DB: SqlDatabase> SqlStore<DB> {
         }
     }
 
-    /// How long a statement of a branch may run at the server: 30 s unless set. SQLite, which runs in
-    /// this process, knows no such limit.
+    /// How long a statement of a branch may run at the server: 30 s unless set. SQLite, which runs
+    /// in this process, knows no such limit.
     #[must_use]
     pub fn statement_timeout(mut self, timeout: Duration) -> Self {
         self.statement_timeout = timeout;
@@ -100,9 +100,9 @@ impl<DB: SqlDatabase> SqlStore<DB> {
     /// program's own: palisade remembers its migrations in a table of its own.
     ///
     /// # Errors
-    /// [`ErrorKind::Unavailable`] when the database cannot be reached; [`ErrorKind::Denied`] when the
-    /// role may not create tables; [`ErrorKind::NotMigrated`] when the tables were made by another
-    /// version of palisade; [`ErrorKind::Store`] otherwise.
+    /// [`ErrorKind::Unavailable`] when the database cannot be reached; [`ErrorKind::Denied`] when
+    /// the role may not create tables; [`ErrorKind::NotMigrated`] when the tables were made by
+    /// another version of palisade; [`ErrorKind::Store`] otherwise.
     ///
     /// # Cancel safety
     /// A dropped call leaves each migration done or not done, and may be repeated.
@@ -113,9 +113,10 @@ impl<DB: SqlDatabase> SqlStore<DB> {
     /// Deletes what no transaction needs any more: fence rows that nobody touched for `older_than`.
     ///
     /// Call it now and then, from any number of processes. A call moves the watermark, below which
-    /// tokens are refused, and deletes the rows below the watermark of an *earlier* call, if that was
-    /// 10 s ago or longer; so the first call deletes nothing. Choose `older_than` well above the longest
-    /// time for which a key is held: a transaction with an older token is told to start over.
+    /// tokens are refused, and deletes the rows below the watermark of an *earlier* call, if that
+    /// was 10 s ago or longer; so the first call deletes nothing. Choose `older_than` well above
+    /// the longest time for which a key is held: a transaction with an older token is told to start
+    /// over.
     ///
     /// # Errors
     /// [`ErrorKind::Unavailable`], [`ErrorKind::NotMigrated`], [`ErrorKind::Conflict`] when the
@@ -131,8 +132,8 @@ impl<DB: SqlDatabase> SqlStore<DB> {
     pub(crate) async fn open_typed(&self, fence: &Fence) -> Result<Arc<BranchCore<DB>>> {
         check(fence)?;
         if !fence.held.iter().any(|held| held.mode == Mode::Exclusive) {
-            let detail = "a branch that writes needs a key that is held exclusively, so that a lost \
-                          commit can be settled; use read, or declare a key exclusively";
+            let detail = "a branch that writes needs a key that is held exclusively, so that a \
+                          lost commit can be settled; use read, or declare a key exclusively";
             return Err(Error::new(ErrorKind::Misuse, "enlist", detail));
         }
         let opened = bounded("enlist", fence, DB::open(self, fence)).await?;
@@ -166,8 +167,8 @@ impl<DB: SqlDatabase> SqlStore<DB> {
             let name = self.name();
             let detail = match &error {
                 sqlx::Error::PoolTimedOut => format!(
-                    "the pool of store {name:?} had no connection in time ({} open, {} idle); raise \
-                     max_connections, or hold fewer branches",
+                    "the pool of store {name:?} had no connection in time ({} open, {} idle); \
+                     raise max_connections, or hold fewer branches",
                     self.pool.size(),
                     self.pool.num_idle()
                 ),
@@ -182,7 +183,8 @@ impl<DB: SqlDatabase> SqlStore<DB> {
 /// Ends an attempt to open a branch that is stuck: an answer that never comes must not outlive the
 /// deadline by more than the time that a server needs to say why.
 ///
-/// A process that was stopped meanwhile finds its session gone; what it has to know is that the lease is.
+/// A process that was stopped meanwhile finds its session gone; what it has to know is that the
+/// lease is.
 async fn bounded<T>(
     operation: &'static str,
     fence: &Fence,

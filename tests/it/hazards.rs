@@ -215,7 +215,9 @@ impl Bench {
         let pool = SqlitePoolOptions::new().max_connections(4).connect_with(options).await.unwrap();
         let bank = SqlStore::new("bank", pool);
         bank.migrate().await.unwrap();
-        sqlx::raw_sql("CREATE TABLE account (name TEXT PRIMARY KEY, cents INTEGER NOT NULL); INSERT INTO account VALUES ('alice', 100), ('bob', 100), ('carol', 100);").execute(bank.pool()).await.unwrap();
+        let schema = "CREATE TABLE account (name TEXT PRIMARY KEY, cents INTEGER NOT NULL);
+             INSERT INTO account VALUES ('alice', 100), ('bob', 100), ('carol', 100);";
+        sqlx::raw_sql(schema).execute(bank.pool()).await.unwrap();
         let backend = Arc::new(MemoryBackend::new());
         let locks =
             Locks::with_options(Arc::clone(&backend) as _, LockOptions::default()).await.unwrap();

@@ -6,7 +6,7 @@ use palisade::backend::{LockBackend, RedisBackend, RedisOptions};
 use palisade::protocol::{Acquire, Acquired, Inspection, Released, Renewed, Standing};
 use palisade::{ErrorKind, FencingToken, Mode, RequestId};
 
-use crate::redis_asks::{Client, P0, SOON, connect, key, lease, left, renew, tokens};
+use crate::redis_asks::{Client, P0, SOON, ask, connect, key, lease, left, renew, tokens};
 use crate::support::{RedisServer, wait_until};
 
 use Mode::{Exclusive as X, Shared as S};
@@ -256,11 +256,35 @@ async fn an_incremental_request_passes_the_line_and_never_joins_it() {
     redis.acquire(&waiter).await.unwrap();
     let more = Acquire {
         standing: Standing::Incremental,
-        ..crate::redis_asks::ask(client.id, holder.part.owner, &[("a", X)])
+        ..ask(client.id, holder.part.owner, &[("a", X)])
     };
     tokens(&redis.acquire(&more).await.unwrap());
     let other = Acquire { standing: Standing::Incremental, ..client.ask(&[("a", X)]) };
     let busy = redis.acquire(&other).await.unwrap();
     let Acquired::Busy { key, holders, waiters } = busy else { panic!("{busy:?}") };
     assert_eq!((key.as_str(), holders, waiters), ("a", vec![holder.part.owner], true));
+}
+
+#[tokio::test]
+async fn a_reader_that_waited_to_be_alone_is_alone_when_the_other_readers_have_left() {
+    let server = RedisServer::start();
+    let redis = connect(&server).await;
+    let client = Client::of(&redis).await;
+    let (reader, writer) = (client.ask(&[("k", S)]), client.ask(&[("k", X)]));
+    tokens(&redis.acquire(&reader).await.unwrap());
+    assert!(matches!(redis.acquire(&writer).await.unwrap(), Acquired::Queued { .. }));
+    // Another process that was handed the owner's id reads meanwhile.
+    let same = Acquire { wait: false, ..ask(client.id, writer.part.owner, &[("k", S)]) };
+    let token = tokens(&redis.acquire(&same).await.unwrap())[0];
+    redis.release(&reader.part).await.unwrap();
+    let Renewed::Held(Some(grant)) = renew(&redis, &writer, true).await else { panic!() };
+    assert_eq!(grant.tokens, [token], "one owner has one token on a key");
+    let other = Acquire { wait: false, ..client.ask(&[("k", S)]) };
+    assert!(matches!(redis.acquire(&other).await.unwrap(), Acquired::Busy { .. }));
+    redis.release(&writer.part).await.unwrap();
+    tokens(&redis.acquire(&other).await.unwrap());
+    for ask in [&same, &other] {
+        assert_eq!(redis.release(&ask.part).await.unwrap(), Released::Released);
+    }
+    assert_eq!(left(&server), [""; 0]);
 }

@@ -1,5 +1,5 @@
-//! Facts about PostgreSQL that the design of the fence leans on, and what palisade makes of each. The
-//! first part of a test shows the fact with plain SQL, where there is one to show.
+//! Facts about PostgreSQL that the design of the fence leans on, and what palisade makes of each.
+//! The first part of a test shows the fact with plain SQL, where there is one to show.
 
 use std::time::Duration;
 

@@ -10,6 +10,9 @@ pub(super) const NO_ANSWER: &str = "the Redis server accepts connections and doe
 const PERMISSIONS: &str = "the Redis user lacks a permission; it needs ~palisade:* \
      &palisade:c:* +@read +@write +@scripting +@pubsub +@connection +time +client|kill";
 
+/// Scripts with flags came with version 7.0.
+const TOO_OLD: &str = "the Redis server is too old; version 7.0 or later is needed";
+
 /// What to do about an error of a command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Remedy {
@@ -47,7 +50,10 @@ pub(super) fn explain(operation: &'static str, error: RedisError) -> Error {
             (ErrorKind::Denied, "Redis refused the user name or the password")
         }
         (_, "NOPERM") => (ErrorKind::Denied, PERMISSIONS),
-        (_, "ERR") if lacks_permission(&error) => (ErrorKind::Denied, PERMISSIONS),
+        // Within a script, a missing permission is an error without a code of its own.
+        (_, "ERR") if says(&error, "The user executing the script can't") => {
+            (ErrorKind::Denied, PERMISSIONS)
+        }
         (_, "MISCONF") => (
             ErrorKind::Unavailable,
             "Redis cannot save its data and refuses to write (MISCONF); see its log",
@@ -76,9 +82,8 @@ pub(super) fn explain(operation: &'static str, error: RedisError) -> Error {
         (_, "WRONGTYPE") => {
             (ErrorKind::Corrupt, "a key of palisade's holds a value of a foreign type")
         }
-        (Kind::RESP3NotSupported, _) => {
-            (ErrorKind::Unavailable, "the Redis server is too old; version 7.0 or later is needed")
-        }
+        (Kind::RESP3NotSupported, _) => (ErrorKind::Unavailable, TOO_OLD),
+        (_, "ERR") if says(&error, "Error compiling script") => (ErrorKind::Unavailable, TOO_OLD),
         (Kind::Io, _) => (ErrorKind::Unavailable, "the Redis server cannot be reached"),
         (Kind::Parse | Kind::UnexpectedReturnType, _) => {
             (ErrorKind::Unavailable, "what answers is not a Redis server")
@@ -88,9 +93,8 @@ pub(super) fn explain(operation: &'static str, error: RedisError) -> Error {
     Error::new(kind, operation, detail).with_source(error)
 }
 
-/// Within a script, a missing permission is an error without a code of its own.
-fn lacks_permission(error: &RedisError) -> bool {
-    error.detail().is_some_and(|detail| detail.starts_with("The user executing the script can't"))
+fn says(error: &RedisError, start: &str) -> bool {
+    error.detail().is_some_and(|detail| detail.starts_with(start))
 }
 
 /// A value that palisade did not write stands at one of its keys.

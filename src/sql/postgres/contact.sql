@@ -2,12 +2,13 @@
 --
 -- $1 keys in hex; $2 which of them are held exclusively; $3 their tokens
 -- $4 owner; $5 attempt
--- Returns for each branch in the way: a key in hex, whether it is the caller's own owner, whether its
--- session was told to end.
+-- Returns for each branch in the way: a key in hex, whether it is the caller's own owner, whether
+-- its session was told to end.
 --
--- The caller's tokens come from the lock service. A lower token in a conflicting mode means that the
--- service has taken the key away from its holder, who was stopped or cut off. Pid, start and name are
--- compared again here, right before the signal: a session that went on to other work is left alone.
+-- The caller's tokens come from the lock service. A lower token in a conflicting mode means that
+-- the service has taken the key away from its holder, who was stopped or cut off. Pid, start and
+-- name are compared again here, right before the signal: a session that went on to other work is
+-- left alone.
 SELECT
     c.resource,
     b.owner = $4::uuid,

@@ -4,14 +4,14 @@
 -- $4 owner
 -- $5 attempt; NULL for a branch that only reads, which stamps no write_tx
 -- $6, $7 lock_timeout and statement_timeout of what follows, in milliseconds, as text
--- Returns one row: the keys that passed, the write_tx found at each, the id of this transaction, its
--- isolation level. Fewer keys than asked for: stale.
+-- Returns one row: the keys that passed, the write_tx found at each, the id of this transaction,
+-- its isolation level. Fewer keys than asked for: stale.
 --
 -- A writer passes above both tokens, or with the same token and owner. A reader passes above the
 -- write token, or beside its own. Tokens at or below the watermark never pass, whether or not their
--- row is still there: it may be purged at any moment.
--- The aggregate takes in every row before the settings change, so the short lock_timeout holds for
--- all of them. A commit that is acknowledged must be durable, so synchronous_commit is not left off.
+-- row is still there: it may be purged at any moment. The aggregate takes in every row before the
+-- settings change, so the short lock_timeout holds for all of them. A commit that is acknowledged
+-- must be durable, so synchronous_commit is not left off.
 WITH passed AS (
     INSERT INTO palisade_fence AS f
         (resource, write_token, write_owner, write_tx, prior_tx, read_token, touched)

@@ -3,8 +3,8 @@
 -- $1 keys, sorted
 -- Returns for each key: key, write_token (-1: there was no row), write_tx, the watermark.
 --
--- By the same upsert as the fence: a SELECT, plain or FOR UPDATE, misses a COMMIT that is still on its
--- way, the latter where the row is new.
+-- By the same upsert as the fence: a SELECT, plain or FOR UPDATE, misses a COMMIT that is still on
+-- its way, the latter where the row is new.
 INSERT INTO palisade_fence AS f
     (resource, write_token, write_owner, write_tx, prior_tx, read_token, touched)
 SELECT k.resource, -1, NULL, NULL, NULL, 0, 0

@@ -4,8 +4,8 @@
 -- simple protocol takes no parameters, and none of these texts can hold a quote.
 -- Returns nothing.
 --
--- Committed before the branch begins, or nobody could see it while the branch is open. Losing it in a
--- crash is harmless, because a crash ends the session; so nothing is waited for.
+-- Committed before the branch begins, or nobody could see it while the branch is open. Losing it in
+-- a crash is harmless, because a crash ends the session; so nothing is waited for.
 BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE;
 SET LOCAL synchronous_commit = off;
 INSERT INTO palisade_branch (pid, backend_start, attempt, owner, resources, exclusive, tokens)

@@ -1,4 +1,5 @@
--- Deletes what sessions have published that are gone. A start that this role may not see may be alive.
+-- Deletes what sessions have published that are gone. A start that this role may not see may be
+-- alive.
 DELETE FROM palisade_branch AS b
 WHERE NOT EXISTS (
     SELECT FROM pg_stat_activity AS a

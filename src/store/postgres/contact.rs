@@ -41,7 +41,7 @@ pub(super) async fn contact(conn: &mut PgConnection, fence: &Fence, held: &[Held
         Err(error) if sqlstate(&error) == "42501" => Vec::new(),
         Err(error) => return Err(classify("fence", error)),
     };
-    for (key, _, _) in found.iter().filter(|(_, own, _)| *own) {
+    if let Some((key, _, _)) = found.iter().find(|(_, own, _)| *own) {
         let detail = "this owner already has a branch open in this store that holds the key, and \
                       would wait for itself; use that branch, or end it first";
         let error = Error::new(ErrorKind::Misuse, "fence", detail);
@@ -58,8 +58,8 @@ pub(super) async fn contact(conn: &mut PgConnection, fence: &Fence, held: &[Held
     Ok(())
 }
 
-/// Publishes keys that were added to an open branch. Best effort, on a connection that is free right
-/// now: without it, whoever meets these keys later waits for the session's own time-outs.
+/// Publishes keys that were added to an open branch. Best effort, on a connection that is free
+/// right now: without it, whoever meets these keys later waits for the session's own time-outs.
 pub(super) async fn publish_more(store: &SqlStore<Postgres>, fence: &Fence, held: &[Held]) {
     let Some(mut conn) = store.pool().try_acquire() else { return };
     let (keys, exclusive, tokens) = columns(held, hex);

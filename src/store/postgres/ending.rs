@@ -1,5 +1,5 @@
-//! Ending a branch: prove that it is still the fenced transaction, end it, and find out what became of
-//! it when the answer is lost.
+//! Ending a branch: prove that it is still the fenced transaction, end it, and find out what became
+//! of it when the answer is lost.
 
 use std::time::Duration;
 
@@ -115,8 +115,8 @@ pub(super) async fn rollback(
     }
 }
 
-/// The rollback was not acknowledged. No COMMIT was sent, so the session only has to end; until then
-/// it keeps its rows.
+/// The rollback was not acknowledged. No COMMIT was sent, so the session only has to end; until
+/// then it keeps its rows.
 async fn give_up(ending: &End<'_>, error: sqlx::Error) -> Result<()> {
     let deadline = Instant::now() + ROLLBACK_PATIENCE;
     let ended = async {
@@ -127,8 +127,8 @@ async fn give_up(ending: &End<'_>, error: sqlx::Error) -> Result<()> {
     if timeout(ROLLBACK_PATIENCE, ended).await.is_ok_and(|ended| ended.is_ok()) {
         return Ok(());
     }
-    let detail = "the rollback was not acknowledged; the connection was closed, and the store rolls \
-                  back when it notices, at the latest when the lease is over";
+    let detail = "the rollback was not acknowledged; the connection was closed, and the store \
+                  rolls back when it notices, at the latest when the lease is over";
     Err(Error::new(ErrorKind::Unavailable, "rollback", detail)
         .with_transaction(ending.fence.attempt)
         .with_source(error))

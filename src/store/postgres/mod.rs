@@ -3,13 +3,14 @@
 //! Opening a branch takes two messages and answers (four for a branch that only reads), committing
 //! takes one: the statements that take no parameters travel together.
 //!
-//! Why is every branch published? A client that is stopped keeps its rows locked until its lease ends
-//! the session, while a newer holder, whose lease began when the old one ended, waits. The newer one
-//! finds in `palisade_branch` who is in the way, and ends the session of a holder whose time is over.
+//! Why is every branch published? A client that is stopped keeps its rows locked until its lease
+//! ends the session, while a newer holder, whose lease began when the old one ended, waits. The
+//! newer one finds in `palisade_branch` who is in the way, and ends the session of a holder whose
+//! time is over.
 //!
-//! Why the transaction's id? `COMMIT` in a failed transaction answers ROLLBACK without an error, and a
-//! `COMMIT` that the program sent itself would leave the statements after it without a fence. The id
-//! that the fence returned is compared in the message that commits.
+//! Why the transaction's id? `COMMIT` in a failed transaction answers ROLLBACK without an error,
+//! and a `COMMIT` that the program sent itself would leave the statements after it without a fence.
+//! The id that the fence returned is compared in the message that commits.
 
 mod contact;
 mod ending;
@@ -180,14 +181,14 @@ impl Driver for Postgres {
     }
 }
 
-/// Sends statements of ours that take no parameters, as one message. The text is ours, or numbers, ids
-/// and hex.
+/// Sends statements of ours that take no parameters, as one message. The text is ours, or numbers,
+/// ids and hex.
 async fn run(conn: &mut PgConnection, sql: impl Into<String>) -> Result<(), sqlx::Error> {
     conn.execute(sqlx::raw_sql(AssertSqlSafe(sql.into()))).await.map(drop)
 }
 
-/// One step of a purge: deletes below the watermark of an earlier round, or moves the watermark when
-/// nothing is left below it. Each statement is a transaction of its own, and sound by itself.
+/// One step of a purge: deletes below the watermark of an earlier round, or moves the watermark
+/// when nothing is left below it. Each statement is a transaction of its own, and sound by itself.
 async fn purge_round(
     conn: &mut PgConnection,
     older_than: Duration,

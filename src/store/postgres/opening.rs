@@ -22,8 +22,8 @@ use super::{Facts, run};
 /// How long one fence statement waits for a row, before somebody looks who is in the way.
 const LOCK_TIMEOUT: Duration = Duration::from_millis(150);
 
-/// How long keys that are added to an open branch are waited for. Short, because others may wait for
-/// rows that this branch has.
+/// How long keys that are added to an open branch are waited for. Short, because others may wait
+/// for rows that this branch has.
 const EXTEND_PATIENCE: Duration = Duration::from_secs(1);
 
 /// Opens a branch that may write: two round trips when nobody is in the way.

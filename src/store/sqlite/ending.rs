@@ -1,5 +1,5 @@
-//! Ending a branch: prove that it is still the fenced transaction, end it, and find out what became of
-//! it when that fails.
+//! Ending a branch: prove that it is still the fenced transaction, end it, and find out what became
+//! of it when that fails.
 
 use std::time::Duration;
 

@@ -11,8 +11,8 @@ use crate::types::OwnerId;
 use super::super::Fence;
 use super::opening::blocked;
 
-/// One branch at a time. Without it they would poll for the lock, and an owner that meets itself would
-/// wait for itself.
+/// One branch at a time. Without it they would poll for the lock, and an owner that meets itself
+/// would wait for itself.
 #[derive(Debug)]
 pub struct Gate {
     line: Arc<Semaphore>,

@@ -1,20 +1,20 @@
 //! SQLite: one writer at a time, in this process or another.
 //!
-//! A branch takes the database's write lock with `BEGIN IMMEDIATE` and keeps it to its end, so every
-//! branch of a file stands in line, whatever its keys. There is no session that a server could end: a
-//! process that is *stopped* while it has a branch open blocks the writers of the file until it goes
-//! on or dies. Give each transaction little to do, or use a server.
+//! A branch takes the database's write lock with `BEGIN IMMEDIATE` and keeps it to its end, so
+//! every branch of a file stands in line, whatever its keys. There is no session that a server
+//! could end: a process that is *stopped* while it has a branch open blocks the writers of the file
+//! until it goes on or dies. Give each transaction little to do, or use a server.
 //!
-//! A database in memory lives in its one connection, which palisade never closes while it can be proven
-//! clean; but sqlx drops it when a call is cancelled while the pool tests it. Build such a pool with
-//! `test_before_acquire(false)`.
+//! A database in memory lives in its one connection, which palisade never closes while it can be
+//! proven clean; but sqlx drops it when a call is cancelled while the pool tests it. Build such a
+//! pool with `test_before_acquire(false)`.
 //!
-//! Why a savepoint right after the fence? `COMMIT` of another transaction than the one that was fenced,
-//! after the program sent a `COMMIT` of its own, would go unnoticed; `RELEASE` of a savepoint that only
-//! the fenced transaction has does not.
+//! Why a savepoint right after the fence? `COMMIT` of another transaction than the one that was
+//! fenced, after the program sent a `COMMIT` of its own, would go unnoticed; `RELEASE` of a
+//! savepoint that only the fenced transaction has does not.
 //!
-//! Why no `busy_timeout`? It would hold the connection's thread beyond the fence's deadline. Waiting is
-//! done here, and the setting is put back with the connection.
+//! Why no `busy_timeout`? It would hold the connection's thread beyond the fence's deadline.
+//! Waiting is done here, and the setting is put back with the connection.
 
 mod ending;
 mod gate;
@@ -58,7 +58,8 @@ impl Driver for Sqlite {
     type Settings = ();
     type Shared = Gate;
 
-    /// Nothing is closed that can be proven clean: the database may live in this connection's memory.
+    /// Nothing is closed that can be proven clean: the database may live in this connection's
+    /// memory.
     fn discard(mut conn: PoolConnection<Self>, loan: Loan) {
         let Ok(runtime) = tokio::runtime::Handle::try_current() else {
             drop(conn.detach());
@@ -206,8 +207,8 @@ impl Driver for Sqlite {
     }
 }
 
-/// One step of a purge, in one transaction: deletes below the watermark of an earlier round, or moves
-/// the watermark when nothing is left below it.
+/// One step of a purge, in one transaction: deletes below the watermark of an earlier round, or
+/// moves the watermark when nothing is left below it.
 async fn purge_round(
     conn: &mut SqliteConnection,
     older_than: Duration,

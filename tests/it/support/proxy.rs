@@ -9,8 +9,8 @@ use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Notify;
 
-/// What happens to a request. Each time the client sees a closed connection, and the server keeps its
-/// own side open, as if the network between them had broken.
+/// What happens to a request. Each time the client sees a closed connection, and the server keeps
+/// its own side open, as if the network between them had broken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
     /// The server gets the request; its reply is lost.
