@@ -300,7 +300,9 @@ async fn a_savepoint_clears_the_failure_within_it() {
 
 #[tokio::test]
 async fn a_savepoint_dropped_at_any_await_is_undone_with_itself() {
-    let b = Bench::new().await;
+    let mut b = Bench::new().await;
+    let proxy = Proxy::start(b.server.port()).await;
+    b.store = SqlStore::new("bank", pool(proxy.port()).await);
     let branch = b.open(&write("a", 10)).await;
     let undone = || async {
         branch.abandon_savepoint(1);
