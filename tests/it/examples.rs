@@ -111,7 +111,11 @@ fn a_file_whose_outcome_depends_on_the_order_is_refused() {
 #[tokio::test]
 async fn what_it_started_dies_with_it() {
     let arguments = ["--locks", "redis:", "--processes", "3"];
-    let mut parent = bank_transfer(&arguments).stdout(Stdio::null()).spawn().map(Parent).unwrap();
+    // So that the file that it cannot clean up goes with our own directory.
+    let directory = Directory::new();
+    let mut command = bank_transfer(&arguments);
+    command.env("TMPDIR", directory.path()).stdout(Stdio::null());
+    let mut parent = command.spawn().map(Parent).unwrap();
     let id = parent.0.id();
     let all = 4; // Redis and three workers
     let soon = Duration::from_secs(20);
