@@ -113,7 +113,7 @@ async fn run_starts_over_when_the_database_finds_a_deadlock() {
     let (one, two) = tokio::join!(work("k1", "alice", "bob"), work("k2", "bob", "alice"));
     one.unwrap();
     two.unwrap();
-    assert_eq!(attempts.load(Ordering::Relaxed), 3, "the database chose one of them");
+    assert!(attempts.load(Ordering::Relaxed) >= 3, "the database chose one of them");
     assert_eq!((b.cents("alice").await, b.cents("bob").await), (102, 102));
 }
 

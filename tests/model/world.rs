@@ -66,7 +66,8 @@ pub struct World {
     pub faults: Faults,
     pub rules: Rules,
     pub sloppy: Option<Sloppy>,
-    /// Properties that have failed already: the first counterexample, which is a shortest one, stays.
+    /// Properties that have failed already: the first counterexample, which is a shortest one,
+    /// stays.
     pub failed: Mutex<BTreeSet<&'static str>>,
 }
 
@@ -172,8 +173,8 @@ pub enum Promise {
 pub struct Client {
     pub crashed: bool,
     pub orders: Vec<Order>,
-    /// Requests that the client has struck out of its books, and that the service or the network may
-    /// still know.
+    /// Requests that the client has struck out of its books, and that the service or the network
+    /// may still know.
     pub loose: Vec<Request>,
 }
 
