@@ -1,7 +1,8 @@
 //! The one error type, and what to do about each kind.
 //!
-//! An [`Error`] says what was attempted, on which key or store, what went wrong and what helps. Code
-//! that must react asks [`Error::kind`], a predicate, or [`Error::retry_advice`]; text is for people.
+//! An [`Error`] says what was attempted, on which key or store, what went wrong and what helps.
+//! Code that must react asks [`Error::kind`], a predicate, or [`Error::retry_advice`]; text is for
+//! people.
 
 use std::error::Error as StdError;
 use std::fmt;
@@ -91,6 +92,7 @@ struct Inner {
     floor: Option<FencingToken>,
     declare: Vec<Want>,
     transaction: Option<Uuid>,
+    is_final: bool,
     source: Option<Box<dyn StdError + Send + Sync>>,
 }
 
@@ -106,6 +108,7 @@ impl Error {
             floor: None,
             declare: Vec::new(),
             transaction: None,
+            is_final: false,
             source: None,
         }))
     }
@@ -135,6 +138,14 @@ impl Error {
     #[must_use]
     pub fn with_transaction(mut self, id: Uuid) -> Self {
         self.0.transaction = Some(id);
+        self
+    }
+
+    /// Says that the work may have been done, so that it must not be started over, whatever the
+    /// kind.
+    #[must_use]
+    pub fn with_no_retry(mut self) -> Self {
+        self.0.is_final = true;
         self
     }
 
@@ -207,9 +218,13 @@ impl Error {
 
     /// Whether the whole work may be started over, and how.
     ///
-    /// An error in doubt is never retried: the work may have been done.
+    /// An error in doubt is never retried: the work may have been done. Nor is a lease that was
+    /// lost under a plain lock, where no store has kept the work of a stale holder out.
     #[must_use]
     pub fn retry_advice(&self) -> RetryAdvice {
+        if self.0.is_final {
+            return RetryAdvice::Never;
+        }
         match self.kind() {
             ErrorKind::Busy | ErrorKind::LeaseLost | ErrorKind::Conflict => RetryAdvice::Again,
             ErrorKind::StaleToken => self.floor().map_or(RetryAdvice::Again, RetryAdvice::Above),
@@ -266,7 +281,10 @@ impl fmt::Debug for Error {
 
 impl StdError for Error {
     fn source(&self) -> Option<&(dyn StdError + 'static)> {
-        self.0.source.as_deref().map(|source| source as &(dyn StdError + 'static))
+        match &self.0.source {
+            Some(source) => Some(&**source),
+            None => None,
+        }
     }
 }
 

@@ -20,8 +20,8 @@ const SWEEP: Duration = Duration::from_secs(1);
 
 /// A lock service in memory: [`Queue`] behind a mutex, one per partition.
 ///
-/// For tests, for a single process, and beside a store whose fence protects it from other processes.
-/// Its clock starts at the system's time and then only runs forward.
+/// For tests, for a single process, and beside a store whose fence protects it from other
+/// processes. Its clock starts at the system's time and then only runs forward.
 pub struct MemoryBackend {
     partitions: Vec<Mutex<State>>,
     sinks: Mutex<HashMap<ClientId, Sink>>,

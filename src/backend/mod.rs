@@ -1,9 +1,11 @@
 //! The seam to a lock service: five operations, one trait, one driver per service.
 //!
-//! A driver carries out what [`protocol::Queue`](crate::protocol::Queue) decides; it adds no rule of
-//! its own. What a service cannot do is a value, [`Capabilities`], never a surprise.
+//! A driver carries out what [`protocol::Queue`](crate::protocol::Queue) decides; it adds no rule
+//! of its own. What a service cannot do is a value, [`Capabilities`], never a surprise.
 
 mod memory;
+#[cfg(feature = "redis")]
+mod redis;
 
 use std::fmt;
 use std::sync::Arc;
@@ -15,6 +17,8 @@ use crate::protocol::{Acquire, Acquired, HandOver, Inspection, Part, Released, R
 use crate::types::{ClientId, Partition, ResourceKey};
 
 pub use memory::MemoryBackend;
+#[cfg(feature = "redis")]
+pub use redis::{RedisBackend, RedisOptions};
 
 /// What a lock service can do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,9 +44,10 @@ pub type Sink = Arc<dyn Fn(HandOver) + Send + Sync>;
 /// A lock service.
 ///
 /// Every call is one atomic step at the service and may be sent twice. A call that fails with
-/// [`ErrorKind::Unavailable`](crate::ErrorKind::Unavailable) may have happened, or may still happen:
-/// the caller settles it by sending it again or by [`cancel`](LockBackend::cancel). No call has a
-/// time-out of its own; callers drop the future at their deadline, which leaves the same doubt.
+/// [`ErrorKind::Unavailable`](crate::ErrorKind::Unavailable) may have happened, or may still
+/// happen: the caller settles it by sending it again or by [`cancel`](LockBackend::cancel). No call
+/// has a time-out of its own; callers drop the future at their deadline, which leaves the same
+/// doubt.
 #[async_trait]
 pub trait LockBackend: fmt::Debug + Send + Sync + 'static {
     /// What the service can do.

@@ -49,14 +49,14 @@ impl Locked {
 
     /// The highest token among the keys; for a single key, its token.
     #[must_use]
-    pub fn token(&self) -> Option<FencingToken> {
-        self.keys.iter().map(|key| key.token).max()
+    pub fn token(&self) -> FencingToken {
+        self.keys.iter().map(|key| key.token).max().unwrap_or(FencingToken::FIRST)
     }
 
     /// Whether the lease still lasts, as far as this process can know.
     ///
-    /// The answer is about now. What must not be done by a stale holder has to be fenced where it is
-    /// done.
+    /// The answer is about now. What must not be done by a stale holder has to be fenced where it
+    /// is done.
     #[must_use]
     pub fn is_held(&self) -> bool {
         self.state.is_held()
@@ -97,9 +97,9 @@ pub struct LockInfo {
 
 /// Holds locks until it is released or dropped.
 ///
-/// Dropping it does no I/O: the release is handed to the watchdog of the lock service, which sends it
-/// at once and tries again until the lease would have run out anyway. [`LockGuard::release`] waits for
-/// the answer.
+/// Dropping it does no I/O: the release is handed to the watchdog of the lock service, which sends
+/// it at once and tries again until the lease would have run out anyway. [`LockGuard::release`]
+/// waits for the answer.
 #[derive(Debug)]
 #[must_use = "a guard that is dropped gives up its locks"]
 pub struct LockGuard {
@@ -157,8 +157,8 @@ impl LockGuard {
     ///
     /// # Errors
     /// [`LeaseLost`](crate::ErrorKind::LeaseLost) when the service no longer knows the grant, and
-    /// [`Unavailable`](crate::ErrorKind::Unavailable) when it did not answer; then the lease runs on as
-    /// before.
+    /// [`Unavailable`](crate::ErrorKind::Unavailable) when it did not answer; then the lease runs
+    /// on as before.
     ///
     /// # Cancel safety
     /// The renewal may have happened; calling it again is harmless.
@@ -207,8 +207,8 @@ impl LockGuard {
     ///
     /// # Errors
     /// [`LeaseLost`](crate::ErrorKind::LeaseLost) when they had been lost before, and
-    /// [`Unavailable`](crate::ErrorKind::Unavailable) when the service did not answer; the watchdog then
-    /// goes on trying until the lease has run out.
+    /// [`Unavailable`](crate::ErrorKind::Unavailable) when the service did not answer; the watchdog
+    /// then goes on trying until the lease has run out.
     ///
     /// # Cancel safety
     /// The locks are given up even if the future is dropped.

@@ -50,6 +50,7 @@ impl Hold {
         let state = Arc::clone(&kept.state);
         service.owners.hold(part.owner, part.partition, part.request, wants, state);
         kept.state.cover(part.request, deadline);
+        service.counters.granted();
         let kept = Arc::new(kept);
         let hold = Self { service, kept, tokens, since, ended: false };
         let due = hold.first_due(deadline);
@@ -61,7 +62,8 @@ impl Hold {
         hold
     }
 
-    /// A pushed grant is confirmed at once, beside the work.
+    /// A pushed grant is confirmed at once, beside the work. Else the interval counts from when the
+    /// request was sent, as the deadline does: after a slow answer there is less time left.
     fn first_due(&self, deadline: Instant) -> Instant {
         let Kept { lease, renews, confirmed, .. } = &*self.kept;
         if !confirmed.is_cancelled() {
@@ -71,7 +73,8 @@ impl Hold {
             return deadline;
         }
         let interval = lease.get() / 3;
-        self.service.schedule.aligned(self.since + interval, interval).min(deadline)
+        let sent = deadline + lease.drift() - lease.get();
+        self.service.schedule.aligned(sent + interval, interval).min(deadline)
     }
 
     pub(super) fn part(&self) -> &Part {
@@ -98,12 +101,13 @@ impl Hold {
         }
     }
 
-    /// Gives the grant up and waits for the answer. Dropping the future hands the rest to the watchdog.
+    /// Gives the grant up and waits for the answer. Dropping the future hands the rest to the
+    /// watchdog.
     pub(super) async fn release(mut self) -> Result<()> {
         let was_held = self.kept.state.is_held();
         let until = self.until();
         self.end();
-        // Sent again from here if this future is dropped or the call fails.
+        // Sent again by the watchdog if this future is dropped or the call fails.
         let unsent = Unsettled { service: &self.service, part: Some(self.part().clone()), until };
         let answer = self.service.call(None, self.service.backend.release(self.part())).await;
         match answer {
@@ -113,7 +117,7 @@ impl Hold {
                 if was_held {
                     self.service.counters.lost();
                 }
-                return Err(lost("release", self.part()));
+                return Err(lost("release", self.part()).with_no_retry());
             }
             Err(error) => return Err(error),
         }
@@ -125,13 +129,15 @@ impl Hold {
         Instant::now() + self.kept.lease.get()
     }
 
-    /// Takes the grant out of the books. Only once.
+    /// Takes the grant out of the books. Only once. Until the release is settled it stays in the
+    /// schedule, so that a shutdown waits for it.
     fn end(&mut self) {
         if std::mem::replace(&mut self.ended, true) {
             return;
         }
         let Part { owner, request, .. } = *self.part();
-        self.service.schedule.remove(request);
+        let settle = Settle { part: self.part().clone(), cancel: false, until: self.until() };
+        self.service.schedule.put(request, Job::Settle(Arc::new(settle)), None);
         self.service.owners.release(owner, request);
         self.kept.state.uncover(request);
         self.service.counters.released(self.since.elapsed());
@@ -157,7 +163,9 @@ struct Unsettled<'a> {
 
 impl Unsettled<'_> {
     fn settled(mut self) {
-        self.part = None;
+        if let Some(part) = self.part.take() {
+            self.service.schedule.remove(part.request);
+        }
     }
 }
 

@@ -5,7 +5,7 @@
 //! let locks = palisade::connect("memory:").await?;
 //!
 //! let guard = locks.lock("report:2026").acquire().await?;
-//! println!("token {:?}", guard.token());
+//! println!("token {}", guard.token());
 //! guard.release().await?;
 //! # Ok::<(), palisade::Error>(())
 //! # });
@@ -89,7 +89,8 @@ impl Locks {
     /// Uses `backend` with the default options.
     ///
     /// # Errors
-    /// [`Unavailable`](ErrorKind::Unavailable) when the pushes of the service cannot be subscribed to.
+    /// [`Unavailable`](ErrorKind::Unavailable) when the pushes of the service cannot be subscribed
+    /// to.
     ///
     /// # Cancel safety
     /// Dropping the future leaves nothing behind.
@@ -175,8 +176,9 @@ impl Locks {
         self.service.call(None, self.service.backend.inspect(partition, &key)).await
     }
 
-    /// Ends the service in an orderly way: new requests are refused and waiting ones end, guards have
-    /// [`LockOptions::grace`] to be given up, and what is still held then is taken away and released.
+    /// Ends the service in an orderly way: new requests are refused and waiting ones end, guards
+    /// have [`LockOptions::grace`] to be given up, and what is still held then is taken away and
+    /// released.
     ///
     /// # Errors
     /// [`TimedOut`](ErrorKind::TimedOut) when guards were still held at the end of the grace, and

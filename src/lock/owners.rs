@@ -1,7 +1,7 @@
 //! The client's books: what each owner holds here, and whether a request of it is under way.
 //!
-//! The grant rule needs to know what an owner holds *elsewhere* before it may wait, and only the client
-//! that made the owner can know that.
+//! The grant rule needs to know what an owner holds *elsewhere* before it may wait, and only the
+//! client that made the owner can know that.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -63,8 +63,8 @@ impl Drop for Ticket {
 }
 
 impl Owners {
-    /// Decides about the `wants` of `owner` in one partition, and marks it as asking if it may go on to
-    /// ask for new keys.
+    /// Decides about the `wants` of `owner` in one partition, and marks it as asking if it may go
+    /// on to ask for new keys.
     pub(super) fn enter(
         self: &Arc<Self>,
         client: ClientId,

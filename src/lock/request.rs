@@ -8,7 +8,9 @@ use tracing::Instrument;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::protocol::Backoff;
-use crate::types::{FencingToken, Lease, LeaseState, MAX_KEYS, Mode, OwnerId, ResourceKey, Want};
+use crate::types::{
+    FencingToken, Lease, LeaseState, MAX_KEYS, MAX_WAIT, Mode, OwnerId, ResourceKey, Want,
+};
 
 use super::guard::{LockGuard, Locked};
 use super::service::{Order, Service};
@@ -48,13 +50,13 @@ impl LockRequest {
             wants: Ok(Vec::new()),
             owner: None,
             lease: options.lease,
-            wait: options.wait,
+            wait: options.wait.min(MAX_WAIT),
             retry: options.retry,
             limit: options.max_entries,
             floor: None,
             metadata: None,
             renews: true,
-            max_hold: options.max_hold,
+            max_hold: options.max_hold.min(MAX_WAIT),
             state: None,
         };
         request.with(keys, mode)
@@ -87,12 +89,16 @@ impl LockRequest {
     }
 
     /// How long [`LockRequest::acquire`] and [`LockRequest::with_lock`] wait. Zero tries once.
+    ///
+    /// The service has at least a tenth of [`LockOptions::call_timeout`](crate::LockOptions) to
+    /// answer at all, however short the wait.
     pub fn wait(mut self, wait: Duration) -> Self {
-        self.wait = wait;
+        self.wait = wait.min(MAX_WAIT);
         self
     }
 
-    /// The owner to re-enter as, or to add locks to. Without one, each request is an owner of its own.
+    /// The owner to re-enter as, or to add locks to. Without one, each request is an owner of its
+    /// own.
     pub fn owner(mut self, owner: OwnerId) -> Self {
         self.owner = Some(owner);
         self
@@ -129,10 +135,10 @@ impl LockRequest {
         self
     }
 
-    /// The watchdog stops renewing after this time, so that a guard that was leaked does not hold its
-    /// locks for ever.
+    /// The watchdog stops renewing after this time, so that a guard that was leaked does not hold
+    /// its locks for ever.
     pub fn max_hold(mut self, max_hold: Duration) -> Self {
-        self.max_hold = max_hold;
+        self.max_hold = max_hold.min(MAX_WAIT);
         self
     }
 
@@ -146,19 +152,19 @@ impl LockRequest {
     /// Locks all keys, waiting in line for them.
     ///
     /// # Errors
-    /// - [`InvalidInput`](ErrorKind::InvalidInput): no key, too many, a bad key or lease; nothing was
-    ///   sent.
+    /// - [`InvalidInput`](ErrorKind::InvalidInput): no key, too many, a bad key or lease; nothing
+    ///   was sent.
     /// - [`TimedOut`](ErrorKind::TimedOut): others held a key until the wait was over;
     ///   [`Busy`](ErrorKind::Busy) when the request was not to wait.
-    /// - [`WouldDeadlock`](ErrorKind::WouldDeadlock): the owner holds other keys, and waiting for these
-    ///   could deadlock.
+    /// - [`WouldDeadlock`](ErrorKind::WouldDeadlock): the owner holds other keys, and waiting for
+    ///   these could deadlock.
     /// - [`LimitReached`](ErrorKind::LimitReached), [`StaleToken`](ErrorKind::StaleToken),
     ///   [`Unavailable`](ErrorKind::Unavailable), [`Denied`](ErrorKind::Denied),
     ///   [`Corrupt`](ErrorKind::Corrupt), [`Closed`](ErrorKind::Closed).
     ///
     /// # Cancel safety
-    /// Dropping the future cancels the request, in line or granted, in the background; the place in the
-    /// line is lost.
+    /// Dropping the future cancels the request, in line or granted, in the background; the place in
+    /// the line is lost.
     pub async fn acquire(self) -> Result<LockGuard> {
         let wait = (!self.wait.is_zero()).then_some(self.wait);
         self.send(wait).await
@@ -185,8 +191,8 @@ impl LockRequest {
     ///
     /// # Errors
     /// The error of `work`; those of [`LockRequest::acquire`]; and
-    /// [`LeaseLost`](ErrorKind::LeaseLost) when the lease did not last until the end, even if `work`
-    /// had succeeded.
+    /// [`LeaseLost`](ErrorKind::LeaseLost) when the lease did not last until the end, even if
+    /// `work` had succeeded; that one is never advised to be retried, because the work may be done.
     ///
     /// # Cancel safety
     /// Dropping the future drops `work` and gives the locks up in the background.
@@ -278,7 +284,7 @@ impl LockGuard {
         match (answer, released) {
             (Some(Err(error)), _) => Err(error),
             (Some(Ok(value)), released) if !matters(&released) => Ok(value),
-            (_, Err(error)) => Err(error.into()),
+            (_, Err(error)) => Err(error.with_no_retry().into()),
             (_, Ok(())) => Err(lost_midway().into()),
         }
     }
@@ -290,5 +296,6 @@ fn matters(released: &Result<()>) -> bool {
 }
 
 fn lost_midway() -> Error {
-    Error::new(ErrorKind::LeaseLost, "with_lock", "the lease was lost while the work ran")
+    let detail = "the lease was lost while the work ran, or before it could be given up";
+    Error::new(ErrorKind::LeaseLost, "with_lock", detail).with_no_retry()
 }

@@ -1,8 +1,8 @@
 //! What the watchdog has to do, and when.
 //!
 //! Holders and waiters enter and leave this table without waking the watchdog, unless they are due
-//! before it means to wake anyway; the common case of a lock that is held for less than a third of its
-//! lease costs two map operations and no wake-up.
+//! before it means to wake anyway; the common case of a lock that is held for less than a third of
+//! its lease costs two map operations and no wake-up.
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -85,11 +85,7 @@ impl Schedule {
         table.jobs.insert(request, (job, due));
         let Some(due) = due else { return };
         table.due.insert((due, request));
-        let sooner = table.wakes_at.is_none_or(|wakes_at| due < wakes_at);
-        drop(table);
-        if sooner {
-            self.changed.notify_one();
-        }
+        self.wake(table, due);
     }
 
     /// Sets the next time of a job that is still there and is still of the same kind.
@@ -103,6 +99,16 @@ impl Schedule {
                 table.due.remove(&(old, request));
             }
             table.due.insert((due, request));
+            self.wake(table, due);
+        }
+    }
+
+    /// Wakes the watchdog if it means to sleep beyond `due`.
+    fn wake(&self, table: MutexGuard<'_, Table>, due: Instant) {
+        let sooner = table.wakes_at.is_none_or(|wakes_at| due < wakes_at);
+        drop(table);
+        if sooner {
+            self.changed.notify_one();
         }
     }
 
@@ -115,15 +121,18 @@ impl Schedule {
         }
     }
 
-    /// Takes a job out if it is still of the same kind, as it was when it was started.
-    pub(super) fn done(&self, request: RequestId, kind: &Job) {
+    /// Takes a job out if it is still of the same kind, as it was when it was started; says whether
+    /// it was.
+    pub(super) fn done(&self, request: RequestId, kind: &Job) -> bool {
         let mut table = self.lock();
-        if table.jobs.get(&request).is_some_and(|(job, _)| job.is_like(kind)) {
+        let same = table.jobs.get(&request).is_some_and(|(job, _)| job.is_like(kind));
+        if same {
             table.take(request);
         }
         if table.jobs.is_empty() {
             self.emptied.notify_waiters();
         }
+        same
     }
 
     /// Takes a request out that only listened or waited.
@@ -137,8 +146,8 @@ impl Schedule {
         }
     }
 
-    /// Tells a waiter of a grant that was pushed. One that is not waited for here is ignored: it was
-    /// cancelled meanwhile, and the cancel is on its way.
+    /// Tells a waiter of a grant that was pushed. One that is not waited for here is ignored: it
+    /// was cancelled meanwhile, and the cancel is on its way.
     pub(super) fn hand_over(&self, owner: OwnerId, grant: Grant) {
         let waiting = match self.lock().jobs.get(&grant.request) {
             Some((Job::Wait(waiting), _)) if waiting.part.owner == owner => Arc::clone(waiting),
@@ -147,12 +156,11 @@ impl Schedule {
         waiting.pushed(grant);
     }
 
-    /// At most `limit` jobs that are due. They stay in the table, without a time.
-    pub(super) fn take_due(&self, now: Instant, limit: usize) -> Vec<Job> {
+    /// The jobs that are due. They stay in the table, without a time.
+    pub(super) fn take_due(&self, now: Instant) -> Vec<Job> {
         let mut table = self.lock();
         let mut taken = Vec::new();
-        while taken.len() < limit
-            && let Some((at, request)) = table.due.first().copied()
+        while let Some((at, request)) = table.due.first().copied()
             && at <= now
         {
             table.due.pop_first();
@@ -187,7 +195,8 @@ impl Schedule {
         }
     }
 
-    /// Takes everything away that is held, and settles it in the background. Returns how much it was.
+    /// Takes everything away that is held, and settles it in the background. Returns how much it
+    /// was.
     pub(super) fn take_away(&self, now: Instant) -> usize {
         let mut table = self.lock();
         let kept: Vec<_> = table.jobs.values().filter_map(|(job, _)| job.kept().cloned()).collect();
@@ -217,9 +226,20 @@ impl Schedule {
         table.stopping && table.jobs.is_empty()
     }
 
-    /// The watchdog has ended; nothing is renewed any more.
+    /// The watchdog has ended: nothing is renewed any more, so nothing is held any more.
     pub(super) fn die(&self) {
-        self.lock().dead = true;
+        let mut table = self.lock();
+        table.dead = true;
+        table.due.clear();
+        let jobs = std::mem::take(&mut table.jobs);
+        drop(table);
+        for (job, _) in jobs.into_values() {
+            match job {
+                Job::Keep(kept) => kept.state.lose(),
+                Job::Wait(waiting) => waiting.forgotten(),
+                Job::Settle(_) => {}
+            }
+        }
         self.emptied.notify_waiters();
     }
 

@@ -1,8 +1,9 @@
 //! What all handles of one lock service share, and how a set of keys is acquired.
 //!
-//! A set is asked for partition by partition, in order; each part is held as a whole or not at all, and
-//! when a later part fails, the earlier ones are given up again.
+//! A set is asked for partition by partition, in order; each part is held as a whole or not at all,
+//! and when a later part fails, the earlier ones are given up again.
 
+use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,13 +18,12 @@ use crate::types::{
 };
 
 use super::LockOptions;
-use super::hold::{Hold, Kept};
+use super::hold::{Hold, Kept, lost};
 use super::owners::{Entrance, Owners};
 use super::schedule::{Job, Schedule};
 use super::statistics::Counters;
 use super::wait::{Turn, Waiting};
 
-#[derive(Debug)]
 pub(super) struct Service {
     pub(super) backend: Arc<dyn LockBackend>,
     pub(super) client: ClientId,
@@ -32,6 +32,13 @@ pub(super) struct Service {
     pub(super) schedule: Arc<Schedule>,
     pub(super) counters: Arc<Counters>,
     pub(super) closing: CancellationToken,
+}
+
+impl fmt::Debug for Service {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { backend, client, .. } = self;
+        f.debug_struct("Service").field("backend", backend).field("client", client).finish()
+    }
 }
 
 impl Drop for Service {
@@ -73,11 +80,12 @@ impl Service {
     pub(super) async fn acquire(self: &Arc<Self>, order: &Order) -> Result<Vec<Hold>> {
         let started = Instant::now();
         let answer = tokio::select! {
-            answer = self.acquire_parts(order) => answer,
+            biased;
             () = self.closing.cancelled() => Err(closed()),
+            answer = self.acquire_parts(order) => answer,
         };
         match &answer {
-            Ok(_) => self.counters.acquired(started.elapsed()),
+            Ok(_) => self.counters.waited(started.elapsed()),
             Err(error) => self.counters.failed(error),
         }
         answer
@@ -126,24 +134,28 @@ impl Service {
                     return Err(self.would_deadlock(order, why));
                 }
             };
-            holds.push(self.ask(order, partition, wants, terms).await?);
+            match self.ask(order, partition, &wants, terms).await? {
+                Some(hold) => holds.push(hold),
+                None => todo.push(wants),
+            }
         }
         Ok(())
     }
 
-    /// Asks until there is a grant, a refusal, or no time left.
+    /// Asks until there is a grant, a refusal, or no time left; `None` when the books have to be
+    /// asked again, because what was to be re-entered was given up meanwhile.
     async fn ask(
         self: &Arc<Self>,
         order: &Order,
         partition: Partition,
-        wants: Vec<Want>,
+        wants: &[Want],
         terms: Terms,
-    ) -> Result<Hold> {
+    ) -> Result<Option<Hold>> {
         let started = Instant::now();
         let mut attempt = 0;
         loop {
             let request = RequestId::next();
-            let part = Part { partition, owner: order.owner, request, wants: wants.clone() };
+            let part = Part { partition, owner: order.owner, request, wants: wants.to_vec() };
             let ask = Acquire {
                 part,
                 client: self.client,
@@ -155,12 +167,17 @@ impl Service {
                 metadata: order.metadata.clone(),
             };
             let refusal = match self.ask_once(order, ask).await? {
-                Answer::Held(hold) => return Ok(hold),
-                Answer::Forgotten => continue,
+                Answer::Held(hold) if order.state.is_held() => return Ok(Some(hold)),
+                Answer::Held(hold) => return Err(lost("acquire", hold.part())),
+                Answer::Forgotten if self.schedule.is_alive() => continue,
+                Answer::Forgotten => return Err(closed()),
                 Answer::Busy(error, waiters) => (error, waiters),
             };
             let pause = self.pause(order, terms, refusal, attempt, started.elapsed())?;
             tokio::time::sleep(pause).await;
+            if terms.re_enters {
+                return Ok(None);
+            }
             attempt += 1;
         }
     }
@@ -175,11 +192,11 @@ impl Service {
         elapsed: Duration,
     ) -> Result<Duration> {
         let Some(deadline) = order.deadline else { return Err(busy) };
-        if !order.owner.is_of(self.client) || terms.re_enters {
+        if !order.owner.is_of(self.client) {
             return Err(busy);
         }
         let incremental = terms.standing == Standing::Incremental;
-        if !terms.retry || (incremental && waiters) {
+        if !terms.re_enters && (!terms.retry || (incremental && waiters)) {
             let why = "waiting for more keys while holding some could deadlock";
             return Err(self.would_deadlock(order, why).with_source(busy));
         }
@@ -196,8 +213,10 @@ impl Service {
         let listening = Job::Wait(Arc::clone(&waiting));
         self.schedule.put(ask.part.request, listening.clone(), None);
         let mut pending = Pending { service: self, waiting: &waiting, open: true };
-        let left = order.deadline.map(|deadline| deadline.saturating_duration_since(sent));
-        let answer = self.call(left.filter(|_| ask.wait), self.backend.acquire(&ask)).await;
+        // A short wait is no reason to take a slow answer for an outage.
+        let least = self.options.call_timeout / 10;
+        let left = order.deadline.map(|at| at.saturating_duration_since(sent).max(least));
+        let answer = self.call(left, self.backend.acquire(&ask)).await;
         let acquired = match answer {
             Ok(acquired) => acquired,
             // It may have happened, or may yet: `pending` cancels it.
@@ -210,8 +229,9 @@ impl Service {
         match acquired {
             Acquired::Granted(grant) => {
                 let deadline = sent + order.lease.get() - order.lease.drift();
+                let hold = self.start(order, &ask.part, grant.tokens, deadline, true);
                 pending.close();
-                Ok(Answer::Held(self.start(order, &ask.part, grant.tokens, deadline, true)))
+                Ok(Answer::Held(hold))
             }
             Acquired::Queued { ask_again_in, .. } => {
                 let at = Instant::now() + ask_again_in;
@@ -260,6 +280,10 @@ impl Service {
                 Ok(Answer::Held(hold))
             }
             Ok(Turn::Forgotten) => Ok(Answer::Forgotten),
+            Err(_) if pending.waiting.is_unanswered() => {
+                let detail = "the lock service stopped answering while the request stood in line";
+                Err(Error::new(ErrorKind::Unavailable, "acquire", detail))
+            }
             Err(_) => {
                 let busy = Error::new(ErrorKind::Busy, "acquire", "still in line");
                 let key = part.wants.first().map(|want| want.key.clone());
@@ -298,8 +322,8 @@ impl Service {
         self.would_deadlock(order, why).with_key(key)
     }
 
-    /// Refuses, and names all keys that a new attempt has to declare: what the owner holds and what it
-    /// asked for.
+    /// Refuses, and names all keys that a new attempt has to declare: what the owner holds and what
+    /// it asked for.
     fn would_deadlock(&self, order: &Order, why: &str) -> Error {
         let mut union = self.owners.held(order.owner);
         union.extend(order.wants.iter().map(|(_, want)| want.clone()));
@@ -319,8 +343,8 @@ enum Answer {
     Forgotten,
 }
 
-/// A request that may be on its way, in line or granted without anybody knowing. Dropped open, it is
-/// cancelled in the background.
+/// A request that may be on its way, in line or granted without anybody knowing. Dropped open, it
+/// is cancelled in the background.
 struct Pending<'a> {
     service: &'a Service,
     waiting: &'a Waiting,

@@ -7,7 +7,7 @@ use crate::error::{Error, ErrorKind};
 
 /// A snapshot of what a [`Locks`](crate::Locks) has done since it was made.
 ///
-/// A grant counts once for all the keys it covers.
+/// A grant counts once for all the keys it covers in one partition.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Statistics {
@@ -58,9 +58,15 @@ impl Counters {
         }
     }
 
-    pub(super) fn acquired(&self, waited: Duration) {
+    /// A request got all it asked for.
+    pub(super) fn waited(&self, waited: Duration) {
+        observe::waited(waited);
+    }
+
+    /// A grant began.
+    pub(super) fn granted(&self) {
         self.acquired.fetch_add(1, Ordering::Relaxed);
-        observe::acquired(waited);
+        observe::granted();
     }
 
     pub(super) fn failed(&self, error: &Error) {
@@ -100,10 +106,13 @@ mod observe {
 
     use crate::error::ErrorKind;
 
-    pub(super) fn acquired(waited: Duration) {
+    pub(super) fn waited(waited: Duration) {
+        histogram!("palisade_lock_wait_seconds").record(waited);
+    }
+
+    pub(super) fn granted() {
         counter!("palisade_lock_acquired_total").increment(1);
         gauge!("palisade_locks_active").increment(1);
-        histogram!("palisade_lock_wait_seconds").record(waited);
     }
 
     pub(super) fn failed(kind: ErrorKind) {
@@ -131,7 +140,8 @@ mod observe {
 
     use crate::error::ErrorKind;
 
-    pub(super) fn acquired(_waited: Duration) {}
+    pub(super) fn waited(_waited: Duration) {}
+    pub(super) fn granted() {}
     pub(super) fn failed(_kind: ErrorKind) {}
     pub(super) fn released(_held_for: Duration) {}
     pub(super) fn renewed() {}

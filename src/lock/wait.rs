@@ -21,6 +21,8 @@ pub(super) struct Waiting {
 struct State {
     /// When the last call was *sent* that was answered `Queued`: a grant cannot be older.
     queued: Instant,
+    /// Whether the last refresh was left unanswered.
+    unanswered: bool,
     outcome: Option<Turn>,
 }
 
@@ -35,7 +37,7 @@ pub(super) enum Turn {
 
 impl Waiting {
     pub(super) fn new(part: Part, lease: Lease, sent: Instant) -> Self {
-        let state = Mutex::new(State { queued: sent, outcome: None });
+        let state = Mutex::new(State { queued: sent, unanswered: false, outcome: None });
         Self { part, lease, state, changed: Notify::new() }
     }
 
@@ -43,10 +45,21 @@ impl Waiting {
     pub(super) fn queued(&self, sent: Instant) {
         let mut state = self.lock();
         state.queued = state.queued.max(sent);
+        state.unanswered = false;
     }
 
-    /// A grant was pushed. It lasts for the claim time, counted from when it can have been made at the
-    /// earliest.
+    /// A refresh failed.
+    pub(super) fn unanswered(&self) {
+        self.lock().unanswered = true;
+    }
+
+    /// Whether the service has stopped answering while the request stood in line.
+    pub(super) fn is_unanswered(&self) -> bool {
+        self.lock().unanswered
+    }
+
+    /// A grant was pushed. It lasts for the claim time, counted from when it can have been made at
+    /// the earliest.
     pub(super) fn pushed(&self, grant: Grant) {
         let deadline = self.lock().queued + self.lease.claim() - self.lease.drift();
         self.end(Turn::Granted { grant, deadline, confirmed: false });

@@ -1,10 +1,11 @@
 //! The one task of a lock service: it renews, refreshes, and settles what was dropped.
 //!
 //! Leases that are due together are renewed in one call per partition; calls run side by side, each
-//! with a time-out of its own, so that a slow partition delays nobody else. Whoever has already failed
-//! once is sent apart from the healthy, because its time-out is shorter.
+//! with a time-out of its own, so that a slow partition delays nobody else. Leases with little time
+//! left are sent apart from those with much, because the time-out of a call is that of its most
+//! urgent lease. Releases have places of their own, so that many of them hold up no renewal.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -25,8 +26,8 @@ use super::wait::Waiting;
 /// The most requests in one renewal call, and the most keys.
 const BATCH: usize = 100;
 const BATCH_KEYS: usize = 1_000;
-/// The most calls under way at once.
-const FLIGHTS: usize = 64;
+/// The most background releases under way at once. Renewals are bounded by what is held.
+const SETTLING: usize = 64;
 /// How long a failed background release waits for its next attempt.
 const SETTLE_AGAIN: Duration = Duration::from_millis(200);
 
@@ -50,56 +51,65 @@ impl Watchdog {
     /// Runs until the schedule is stopped and empty.
     pub(super) async fn run(self) {
         let _alive = Alive(Arc::clone(&self.schedule));
-        let mut flights = FuturesUnordered::new();
+        let mut renewing = FuturesUnordered::new();
+        let mut settling = FuturesUnordered::new();
+        let mut dropped = VecDeque::new();
         while !self.schedule.is_finished() {
-            let free = FLIGHTS.saturating_sub(flights.len());
-            if free > 0 {
-                let due = self.schedule.take_due(Instant::now(), free * BATCH);
-                for batch in self.batches(due) {
-                    flights.push(self.fly(batch));
-                }
+            let due = self.schedule.take_due(Instant::now());
+            for (partition, jobs) in self.batches(due, &mut dropped) {
+                renewing.push(self.renew(partition, jobs));
             }
-            let next = if flights.len() < FLIGHTS { self.schedule.next_due() } else { None };
+            while settling.len() < SETTLING
+                && let Some(settle) = dropped.pop_front()
+            {
+                settling.push(self.settle(settle));
+            }
             tokio::select! {
                 () = self.schedule.changed() => {}
-                () = sleep_until(next) => {}
-                Some(()) = flights.next(), if !flights.is_empty() => {}
+                () = sleep_until(self.schedule.next_due()) => {}
+                Some(()) = renewing.next(), if !renewing.is_empty() => {}
+                Some(()) = settling.next(), if !settling.is_empty() => {}
             }
         }
     }
 
-    /// Sorts jobs into calls, and drops those whose lease is over.
-    fn batches(&self, due: Vec<Job>) -> Vec<Batch> {
+    /// Sorts jobs into calls, and leaves out those whose lease is over.
+    fn batches(
+        &self,
+        due: Vec<Job>,
+        dropped: &mut VecDeque<Arc<Settle>>,
+    ) -> Vec<(Partition, Vec<(Job, Renewal)>)> {
         let now = Instant::now();
         let mut batches = Vec::new();
-        let mut open: BTreeMap<(Partition, bool), Vec<(Job, Renewal)>> = BTreeMap::new();
+        let mut open: BTreeMap<(Partition, u32), Vec<(Job, Renewal)>> = BTreeMap::new();
         for job in due {
-            let (partition, endangered) = match &job {
+            let (partition, urgency) = match &job {
                 Job::Settle(settle) => {
-                    batches.push(Batch::Settle(Arc::clone(settle)));
+                    dropped.push_back(Arc::clone(settle));
                     continue;
                 }
-                Job::Keep(kept) => match self.plan(kept, now) {
-                    Some(endangered) => (kept.part.partition, endangered),
+                Job::Keep(kept) => match self.urgency(kept, now) {
+                    Some(urgency) => (kept.part.partition, urgency),
                     None => continue,
                 },
-                Job::Wait(waiting) => (waiting.part.partition, false),
+                Job::Wait(waiting) => (waiting.part.partition, u32::MAX),
             };
             let Some(renewal) = job.renewal() else { continue };
-            let batch = open.entry((partition, endangered)).or_default();
+            let batch = open.entry((partition, urgency)).or_default();
             batch.push((job, renewal));
             let keys: usize = batch.iter().map(|(_, renewal)| renewal.part.wants.len()).sum();
             if batch.len() >= BATCH || keys >= BATCH_KEYS {
-                batches.push(Batch::Renew(partition, std::mem::take(batch)));
+                batches.push((partition, std::mem::take(batch)));
             }
         }
         let rest = open.into_iter().filter(|(_, jobs)| !jobs.is_empty());
-        batches.extend(rest.map(|((partition, _), jobs)| Batch::Renew(partition, jobs)));
+        batches.extend(rest.map(|((partition, _), jobs)| (partition, jobs)));
         batches
     }
 
-    /// Whether a grant is renewed now, and whether it is in danger.
-    fn plan(&self, kept: &Arc<Kept>, now: Instant) -> Option<bool> {
+    /// Whether a grant is renewed now, and with how much time left: the same number, about the
+    /// same.
+    fn urgency(&self, kept: &Arc<Kept>, now: Instant) -> Option<u32> {
         let request = kept.part.request;
         let job = Job::Keep(Arc::clone(kept));
         if !kept.state.is_held() {
@@ -112,15 +122,8 @@ impl Watchdog {
             self.schedule.again(request, &job, deadline);
             return None;
         }
-        let remaining = deadline - now;
-        Some(remaining < kept.lease.get() / 2)
-    }
-
-    async fn fly(&self, batch: Batch) {
-        match batch {
-            Batch::Renew(partition, jobs) => self.renew(partition, jobs).await,
-            Batch::Settle(settle) => self.settle(&settle).await,
-        }
+        let millis = deadline.saturating_duration_since(now).as_millis();
+        Some(millis.max(1).ilog2())
     }
 
     async fn renew(&self, partition: Partition, jobs: Vec<(Job, Renewal)>) {
@@ -157,7 +160,7 @@ impl Watchdog {
                 self.counters.renewed();
                 let interval = Renewals::new(lease).after_success();
                 let due = self.schedule.aligned(sent + interval, interval);
-                let due = if kept.renews { due } else { sent + lease.get() };
+                let due = if kept.renews { due } else { sent + lease.get() - lease.drift() };
                 self.schedule.again(kept.part.request, job, due);
             }
             (Job::Keep(kept), _) => self.lose(kept),
@@ -180,7 +183,10 @@ impl Watchdog {
                 let wait = Renewals::new(kept.lease).after_failure(deadline - now);
                 self.schedule.again(kept.part.request, job, (now + wait).min(deadline));
             }
-            Job::Wait(waiting) => self.refresh_in(waiting, waiting.lease.refresh() / 4),
+            Job::Wait(waiting) => {
+                waiting.unanswered();
+                self.refresh_in(waiting, waiting.lease.refresh() / 4);
+            }
             Job::Settle(_) => {}
         }
     }
@@ -195,15 +201,18 @@ impl Watchdog {
     /// Tells everyone who works under a grant that it is over.
     fn lose(&self, kept: &Arc<Kept>) {
         let part = &kept.part;
-        self.schedule.done(part.request, &Job::Keep(Arc::clone(kept)));
+        if !self.schedule.done(part.request, &Job::Keep(Arc::clone(kept))) {
+            // It was given up meanwhile, so that the service knows it no more is as it should be.
+            return;
+        }
         kept.state.lose();
         self.counters.lost();
         tracing::warn!(owner = %part.owner, keys = ?part.wants, "lease lost");
     }
 
-    async fn settle(&self, settle: &Arc<Settle>) {
-        let job = Job::Settle(Arc::clone(settle));
-        let answer = tokio::time::timeout(self.call_timeout, self.settle_once(settle)).await;
+    async fn settle(&self, settle: Arc<Settle>) {
+        let job = Job::Settle(Arc::clone(&settle));
+        let answer = tokio::time::timeout(self.call_timeout, self.settle_once(&settle)).await;
         let failed = match answer {
             Ok(Ok(())) => None,
             Ok(Err(error)) => Some(error),
@@ -219,7 +228,9 @@ impl Watchdog {
                 tracing::warn!(%error, owner = %settle.part.owner, "release left to expire");
                 self.schedule.done(settle.part.request, &job);
             }
-            None => self.schedule.done(settle.part.request, &job),
+            None => {
+                self.schedule.done(settle.part.request, &job);
+            }
         }
     }
 
@@ -230,11 +241,6 @@ impl Watchdog {
             self.backend.release(&settle.part).await.map(|_| ())
         }
     }
-}
-
-enum Batch {
-    Renew(Partition, Vec<(Job, Renewal)>),
-    Settle(Arc<Settle>),
 }
 
 impl Job {

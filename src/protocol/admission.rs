@@ -1,14 +1,15 @@
 //! The client's half of the grant rule: what an owner may ask for, given what it holds elsewhere.
 //!
-//! The service decides about one partition. Whether *waiting* there can close a circle depends on what
-//! the owner holds and waits for in other partitions, and only the client that made the owner knows
-//! that. The rules (model-checked with those of the queue):
+//! The service decides about one partition. Whether *waiting* there can close a circle depends on
+//! what the owner holds and waits for in other partitions, and only the client that made the owner
+//! knows that. The rules (model-checked with those of the queue):
 //!
-//! - One waiting request per owner. While it waits, its owner gets re-entry and no new key anywhere.
-//! - A request may stand in line only if everything its owner holds lies in *lower partitions*; then
-//!   it is decided as a fresh one there. Else it is incremental: tried, never queued.
-//! - An incremental request may be tried again only if its new keys sort, by (partition, key), after
-//!   all that its owner holds; else it would wait for somebody who may wait for it.
+//! - One waiting request per owner. While it waits, its owner gets re-entry and no new key
+//!   anywhere.
+//! - A request may stand in line only if everything its owner holds lies in *lower partitions*;
+//!   then it is decided as a fresh one there. Else it is incremental: tried, never queued.
+//! - An incremental request may be tried again only if its new keys sort, by (partition, key),
+//!   after all that its owner holds; else it would wait for somebody who may wait for it.
 //! - A mix of held and new keys is asked for in two calls.
 //! - An owner of another client may re-enter or try, because its books are kept there.
 
@@ -52,9 +53,9 @@ pub enum Admission {
 
 /// Decides about the `wants` of one partition, sorted by key.
 ///
-/// `held` lists, sorted, what the owner holds everywhere: for a key that it entered several times, the
-/// strongest mode. `waiting` says whether another request of the owner waits or backs off. `local` says
-/// whether this client made the owner.
+/// `held` lists, sorted, what the owner holds everywhere: for a key that it entered several times,
+/// the strongest mode. `waiting` says whether another request of the owner waits or backs off.
+/// `local` says whether this client made the owner.
 #[must_use]
 pub fn admit(
     partition: Partition,

@@ -4,9 +4,9 @@ use std::time::Duration;
 
 /// How long to wait between attempts, as a value.
 ///
-/// The delay starts at `first`, grows by `multiplier` up to `max`, and is shortened by a random part
-/// of up to `jitter` (a fraction of the delay), so that those who failed together do not come back
-/// together. Attempts end when `max_elapsed` has passed since the first one.
+/// The delay starts at `first`, grows by `multiplier` up to `max`, and is shortened by a random
+/// part of up to `jitter` (a fraction of the delay), so that those who failed together do not come
+/// back together. Attempts end when `max_elapsed` has passed since the first one.
 ///
 /// ```
 /// use palisade::Backoff;
@@ -53,7 +53,8 @@ impl Backoff {
 
     /// The delay after attempt number `attempt` (from 0), or `None` when the time is used up.
     ///
-    /// `chance` is a random number in `0.0..1.0`; `elapsed` counts from the start of the first attempt.
+    /// `chance` is a random number in `0.0..1.0`; `elapsed` counts from the start of the first
+    /// attempt.
     #[must_use]
     pub fn delay(&self, attempt: u32, chance: f64, elapsed: Duration) -> Option<Duration> {
         let growth = self.multiplier.max(1.0).powi(i32::try_from(attempt).unwrap_or(i32::MAX));

@@ -6,8 +6,8 @@ use crate::types::Lease;
 
 /// The renewal plan of a lease: a third of it while all is well, faster after failures.
 ///
-/// A failed attempt is repeated after a quarter of what is left, at least 5 ms and at most one third of
-/// the lease, so that a lease of any length gets about ten attempts before it is lost.
+/// A failed attempt is repeated after a quarter of what is left, at least 5 ms and at most one
+/// third of the lease, so that a lease of any length gets about ten attempts before it is lost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Renewals {
     lease: Lease,

@@ -55,8 +55,8 @@ pub enum Acquired {
     Queued {
         /// How many requests are before it on its most crowded key.
         position: u32,
-        /// When to refresh: at the latest after one refresh interval, earlier when a lease that is in
-        /// the way may lapse sooner.
+        /// When to refresh: at the latest after one refresh interval, earlier when a lease that is
+        /// in the way may lapse sooner.
         ask_again_in: Duration,
     },
     /// Refused, and nothing is left behind.
@@ -87,8 +87,8 @@ pub enum Acquired {
 pub struct Grant {
     /// Which request was granted.
     pub request: RequestId,
-    /// One token per key, in the order of the request's wants. A key that the owner held before keeps
-    /// its token.
+    /// One token per key, in the order of the request's wants. A key that the owner held before
+    /// keeps its token.
     pub tokens: Vec<FencingToken>,
 }
 
@@ -149,8 +149,8 @@ pub struct Holder {
     pub mode: Mode,
     /// With which token.
     pub token: FencingToken,
-    /// Since when, as far as the token tells: it is the service's clock at the first grant, unless a
-    /// floor or a clock step raised it; then the age is understated.
+    /// Since when, as far as the token tells: it is the service's clock at the first grant, unless
+    /// a floor or a clock step raised it; then the age is understated.
     pub held_for: Duration,
     /// When the entry lapses unless it is renewed.
     pub expires_in: Duration,

@@ -1,7 +1,30 @@
 //! The seam to the stores: a branch of a transaction in one database, behind its fence.
 //!
-//! A branch is handed out only after the fence rows of all its keys were changed in its transaction,
-//! so that no statement can come before the check: by type, not by advice.
+//! A branch is handed out only after the fence rows of all its keys were changed in its
+//! transaction, so that no statement can come before the check: by type, not by advice.
+//!
+//! [`SqlStore`] is the store of a database that sqlx speaks to, and [`Branch`] the handle that runs
+//! statements in one. What differs between databases is in one driver file each; drivers never see
+//! each other.
+
+#[cfg(any(feature = "sqlite", feature = "postgres"))]
+mod branch;
+#[cfg(any(feature = "sqlite", feature = "postgres"))]
+mod core;
+#[cfg(any(feature = "sqlite", feature = "postgres"))]
+mod database;
+#[cfg(feature = "postgres")]
+mod postgres;
+#[cfg(any(feature = "sqlite", feature = "postgres"))]
+mod progress;
+#[cfg(any(feature = "sqlite", feature = "postgres"))]
+mod session;
+#[cfg(any(feature = "sqlite", feature = "postgres"))]
+mod sql_store;
+#[cfg(feature = "sqlite")]
+mod sqlite;
+#[cfg(any(feature = "sqlite", feature = "postgres"))]
+mod verdict;
 
 use std::any::Any;
 use std::fmt;
@@ -13,6 +36,15 @@ use uuid::Uuid;
 
 use crate::error::{Error, Result};
 use crate::types::{FencingToken, Lease, LeaseState, Mode, OwnerId, ResourceKey};
+
+#[cfg(any(feature = "sqlite", feature = "postgres"))]
+pub use branch::Branch;
+#[cfg(any(feature = "sqlite", feature = "postgres"))]
+pub use database::SqlDatabase;
+#[cfg(feature = "postgres")]
+pub use postgres::Isolation;
+#[cfg(any(feature = "sqlite", feature = "postgres"))]
+pub use sql_store::{Purged, SqlStore};
 
 /// One key as a transaction holds it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -104,8 +136,8 @@ pub trait AnyBranch: fmt::Debug + Send + Sync + 'static {
     /// Marks that the savepoint must be rolled back before anything else is done. Does no I/O.
     fn abandon_savepoint(&self, depth: u32);
 
-    /// Proves that this is still the same, healthy transaction, and commits. When the reply is lost it
-    /// finds out what became of the commit.
+    /// Proves that this is still the same, healthy transaction, and commits. When the reply is lost
+    /// it finds out what became of the commit.
     async fn commit(&self) -> Outcome;
 
     /// Rolls back; the connection returns to its pool only when that was acknowledged.

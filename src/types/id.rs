@@ -28,9 +28,9 @@ impl fmt::Display for ClientId {
 
 /// Who may re-enter a lock: a transaction, and whoever it passes this value to.
 ///
-/// An owner id is a value. It can be sent to another process, which may then re-enter what the owner
-/// holds, or try for more; only the client that made it may wait with it, because only that client
-/// knows what the owner holds elsewhere. The client is part of the id (RFC 9562, version 8).
+/// An owner id is a value. It can be sent to another process, which may then re-enter what the
+/// owner holds, or try for more; only the client that made it may wait with it, because only that
+/// client knows what the owner holds elsewhere. The client is part of the id (RFC 9562, version 8).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct OwnerId(Uuid);

@@ -7,8 +7,8 @@ use serde::{Deserialize, Serialize};
 
 /// The longest key in bytes.
 ///
-/// Every store keeps the key as the primary key of its fence row, and the smallest index limit among
-/// them is MySQL's (3072 bytes, with other columns beside it).
+/// Every store keeps the key as the primary key of its fence row, and the smallest index limit
+/// among them is MySQL's (3072 bytes, with other columns beside it).
 pub const MAX_KEY_BYTES: usize = 512;
 
 /// The most keys that one request may name.
@@ -18,8 +18,8 @@ pub const MAX_KEYS: usize = 1_000;
 
 /// The name of a resource that is locked, such as `account:alice`.
 ///
-/// Any UTF-8 text of 1 to 512 bytes without NUL (PostgreSQL cannot store one). Keys are compared and
-/// ordered byte by byte.
+/// Any UTF-8 text of 1 to 512 bytes without NUL (PostgreSQL cannot store one). Keys are compared
+/// and ordered byte by byte.
 ///
 /// ```
 /// use palisade::ResourceKey;

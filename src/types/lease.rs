@@ -12,6 +12,8 @@ use super::RequestId;
 pub const MIN_LEASE: Duration = Duration::from_millis(10);
 /// The longest lease.
 pub const MAX_LEASE: Duration = Duration::from_secs(24 * 60 * 60);
+/// The longest wait and the longest hold; what is longer counts as this.
+pub const MAX_WAIT: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 
 /// The time that a grant lasts unless it is renewed, with what follows from it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -62,7 +64,8 @@ impl Lease {
 
     /// How long a grant that was handed over lasts until its holder first renews it.
     ///
-    /// Two refreshes: longer than one refresh and a round trip, or a lost push would lose the grant.
+    /// Two refreshes: longer than one refresh and a round trip, or a lost push would lose the
+    /// grant.
     #[must_use]
     pub fn claim(self) -> Duration {
         self.refresh() * 2
@@ -83,10 +86,11 @@ impl TryFrom<Duration> for Lease {
     }
 }
 
-/// What everyone who works under a set of grants shares: their deadlines, and the moment one was lost.
+/// What everyone who works under a set of grants shares: their deadlines, and the moment one was
+/// lost.
 ///
-/// A state is lost once and for ever. It counts as lost as soon as one deadline has passed on the
-/// monotonic clock of this process, whether or not a timer has noticed.
+/// A state is lost, or given up, once and for ever. It counts as lost as soon as one deadline has
+/// passed on the monotonic clock of this process, whether or not a timer has noticed.
 #[derive(Debug, Default)]
 pub struct LeaseState {
     deadlines: Mutex<Vec<(RequestId, Instant)>>,
@@ -107,7 +111,8 @@ impl LeaseState {
         self.deadlines().push((request, deadline));
     }
 
-    /// Moves the deadline of a grant that is covered. It never moves back, and what is lost stays lost.
+    /// Moves the deadline of a grant that is covered. It never moves back, and what is lost stays
+    /// lost.
     pub fn extend(&self, request: RequestId, deadline: Instant) {
         if self.is_held()
             && let Some((_, current)) =
@@ -117,9 +122,17 @@ impl LeaseState {
         }
     }
 
-    /// Takes a grant out that was given up.
+    /// Takes a grant out that was given up. With the last one, the state counts as lost: whoever
+    /// still looks at it must not take the keys for held.
     pub fn uncover(&self, request: RequestId) {
-        self.deadlines().retain(|(known, _)| *known != request);
+        let mut deadlines = self.deadlines();
+        let before = deadlines.len();
+        deadlines.retain(|(known, _)| *known != request);
+        let given_up = deadlines.is_empty() && before > 0;
+        drop(deadlines);
+        if given_up {
+            self.lose();
+        }
     }
 
     /// When the first of the grants ends unless it is renewed; `None` without any.

@@ -7,5 +7,5 @@ mod token;
 
 pub use id::{ClientId, OwnerId, RequestId};
 pub use key::{InvalidKey, MAX_KEY_BYTES, MAX_KEYS, Mode, Partition, ResourceKey, Want};
-pub use lease::{InvalidLease, Lease, LeaseState, MAX_LEASE, MIN_LEASE};
-pub use token::{FencingToken, MAX_AHEAD};
+pub use lease::{InvalidLease, Lease, LeaseState, MAX_LEASE, MAX_WAIT, MIN_LEASE};
+pub use token::{FencingToken, InvalidToken, MAX_AHEAD};

@@ -1,15 +1,15 @@
 //! The lock queue of one partition: who holds what, who waits, and who is next.
 //!
-//! This is the reference for every lock service: the memory backend is this type behind a mutex, and
-//! the scripts of the others must answer the same.
+//! This is the reference for every lock service: the memory backend is this type behind a mutex,
+//! and the scripts of the others must answer the same.
 //!
-//! The grant rule. A request that only re-enters is granted at once, past everybody, with the tokens
-//! its owner has. A *fresh* request is granted when no other owner holds a conflicting mode on any of
-//! its keys and no earlier conflicting waiter stands in line on any of them; else it joins the line on
-//! all of its keys and keeps its place. An *incremental* request passes the line, and is granted or
-//! refused. Every release, lapse and cancel promotes in the same step, looking past blocked waiters.
-//! Shared never becomes exclusive in place: a waiter whose owner came to hold one of its keys in a
-//! weaker mode meanwhile waits until that entry has gone.
+//! The grant rule. A request that only re-enters is granted at once, past everybody, with the
+//! tokens its owner has. A *fresh* request is granted when no other owner holds a conflicting mode
+//! on any of its keys and no earlier conflicting waiter stands in line on any of them; else it
+//! joins the line on all of its keys and keeps its place. An *incremental* request passes the line,
+//! and is granted or refused. Every release, lapse and cancel promotes in the same step, looking
+//! past blocked waiters. Shared never becomes exclusive in place: a waiter whose owner came to hold
+//! one of its keys in a weaker mode meanwhile waits until that entry has gone.
 //!
 //! A lapse has no timer: it is found by whoever looks at the key next. Waiters refresh, so somebody
 //! looks.
@@ -232,8 +232,8 @@ impl Queue {
         tell.collect()
     }
 
-    /// Removes everything that has lapsed, on every key, so that nothing stays for ever on keys that
-    /// nobody asks for again, and forgets requests that were cancelled [`TOMBSTONE`] ago.
+    /// Removes everything that has lapsed, on every key, so that nothing stays for ever on keys
+    /// that nobody asks for again, and forgets requests that were cancelled [`TOMBSTONE`] ago.
     ///
     /// # Errors
     /// [`Corrupt`] when a waiter is next and no token can be given out.
@@ -289,8 +289,8 @@ impl Queue {
         Acquired::Queued { position, ask_again_in: self.ask_again_in(now_us, id) }
     }
 
-    /// One refresh interval, or sooner for a waiter at a front: when the last lease that is in its way
-    /// may lapse.
+    /// One refresh interval, or sooner for a waiter at a front: when the last lease that is in its
+    /// way may lapse.
     fn ask_again_in(&self, now_us: u64, id: Id) -> Duration {
         let Some(waiting) = self.waiting.get(&id) else { return Duration::ZERO };
         let refresh = waiting.lease.refresh();

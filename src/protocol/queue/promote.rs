@@ -13,8 +13,8 @@ impl Queue {
         self.entries_of(now_us, owner, key).map(|(_, mode)| mode).max()
     }
 
-    /// The entries of `owner` on `key`, without those that have lapsed and were not found yet: others
-    /// may have held the key since.
+    /// The entries of `owner` on `key`, without those that have lapsed and were not found yet:
+    /// others may have held the key since.
     fn entries_of(
         &self,
         now_us: u64,
@@ -107,6 +107,7 @@ impl Queue {
         Ok(tokens)
     }
 
+    /// What lapsed is no longer held, though nobody has found it yet: its token is not passed on.
     fn token_of_owner(
         &self,
         now_us: u64,
@@ -146,8 +147,8 @@ impl Queue {
 
     /// Grants every waiter that the change at `dirty` lets through.
     ///
-    /// One pass in ticket order is enough: a granted waiter becomes a holder with the same conflicts,
-    /// so no grant lets another one through.
+    /// One pass in ticket order is enough: a granted waiter becomes a holder with the same
+    /// conflicts, so no grant lets another one through.
     pub(super) fn promote(&mut self, now_us: u64, dirty: Vec<ResourceKey>) -> Result<(), Corrupt> {
         let lines = dirty.iter().filter_map(|key| self.keys.get(key)).flat_map(|slot| &slot.line);
         let mut candidates: Vec<(u64, Id)> =

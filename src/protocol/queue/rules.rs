@@ -2,8 +2,8 @@
 
 /// Loosened grant rules, each of which breaks a promise. All off is what is decided.
 ///
-/// They exist so that a model checker can show that it would notice: a check that passes with any of
-/// them on proves nothing.
+/// They exist so that a model checker can show that it would notice: a check that passes with any
+/// of them on proves nothing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub struct Rules {

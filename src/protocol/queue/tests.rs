@@ -167,6 +167,23 @@ fn a_lapsed_lease_is_lost_for_its_holder_and_found_by_the_next_who_looks() {
 }
 
 #[test]
+fn a_grant_after_a_lapse_has_a_new_token_though_nobody_has_seen_the_lapse() {
+    let mut b = Bench::new();
+    let (o1, o2) = (b.owner(), b.owner());
+    let (old, other) = (b.ask(o1, &[("b", S)]), b.ask(o2, &[("a", X)]));
+    let token = tokens(&b.acquire(&old))[0];
+    b.acquire(&other);
+    b.now_us += 2_000_000;
+    assert_eq!(b.renew(&other, false), Renewed::Held(None));
+    let both = b.ask(o1, &[("a", X), ("b", S)]);
+    assert!(matches!(b.acquire(&both), Acquired::Queued { .. }));
+    b.now_us += 1_500_000;
+    b.release(&other);
+    assert_eq!(b.handed(), [both.part.request]);
+    assert!(tokens(&b.acquire(&both))[1] > token);
+}
+
+#[test]
 fn a_late_copy_of_a_cancelled_request_is_never_granted() {
     let mut b = Bench::new();
     let o1 = b.owner();
@@ -250,10 +267,8 @@ fn the_token_of_an_entry_that_has_lapsed_is_not_given_out_again() {
     let (o1, o2, o3) = (b.owner(), b.owner(), b.owner());
     let old = b.ask(o1, &[("a", X)]);
     let stale = tokens(&b.acquire(&old))[0];
-    let busy = Acquire {
-        lease: Lease::new(Duration::from_secs(60)).unwrap(),
-        ..b.ask(o3, &[("b", X)])
-    };
+    let busy =
+        Acquire { lease: Lease::new(Duration::from_secs(60)).unwrap(), ..b.ask(o3, &[("b", X)]) };
     b.acquire(&busy);
     let other = b.ask(o2, &[("a", X), ("b", X)]);
     let again = b.ask(o1, &[("a", X), ("b", X)]);

@@ -1,0 +1,36 @@
+-- Keeps requests alive, held or queued: the way for leases that nobody else has touched.
+--
+-- KEYS: the heads of all requests, one request after another, in the order of their wants
+-- ARGV: five for each request: owner and request, modes, number of keys, lease in ms, 1 if it waits
+-- Returns: one answer for each: 1 held | 0 lost | held, tokens as number*times,... |
+--       queued, ask again in µs. Or only: corrupt, Redis key
+--
+-- A head that begins as the fast way of acquire wrote it has no explicit deadline: its TTL is the
+-- lease. GT: a deadline never moves back. Who waits must be told its tokens, the slow way.
+local call = redis.call
+local v = call('MGET', unpack(KEYS))
+local out, slow = {}, {}
+local at = 1
+for a = 1, #ARGV, 5 do
+  local modes, n = ARGV[a + 1], tonumber(ARGV[a + 2])
+  local mine = ARGV[a + 4] == '0'
+  for i = at, mine and at + n - 1 or 0 do
+    local m = #modes == 1 and modes or string.sub(modes, i - at + 1, i - at + 1)
+    if not v[i] or string.sub(v[i], 1, 51) ~= '-' .. m .. ARGV[a] .. ':' then
+      mine = false
+      break
+    end
+  end
+  local index = (a + 4) / 5
+  if mine then
+    for i = at, at + n - 1 do call('PEXPIRE', KEYS[i], ARGV[a + 3], 'GT') end
+    out[index] = 1
+  else
+    slow[#slow + 1] = {index = index, a = a, at = at, n = n}
+  end
+  at = at + n
+end
+if #slow == 0 then return out end
+local t = call('TIME')
+local now = t[1] * 1000000 + t[2]
+local count

@@ -1,0 +1,97 @@
+//! Who is in the way, and whether its time is over.
+
+use std::time::Duration;
+
+use sqlx::{PgConnection, Postgres};
+use tokio::time::{Instant, sleep};
+use uuid::Uuid;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::sql::postgres::{CONTACT, END_SESSION, PUBLISH_MORE, hex, unhex};
+use crate::sql::{classify, sqlstate};
+use crate::types::ResourceKey;
+
+use super::super::sql_store::SqlStore;
+use super::super::{Fence, Held};
+use super::fence::columns;
+
+/// Whether the fence statement found its rows locked, or lost against a branch that came before.
+pub(super) fn is_blocked(error: &sqlx::Error) -> bool {
+    matches!(&*sqlstate(error), "55P03" | "57014" | "40001" | "40P01")
+}
+
+/// Ends the sessions in the way whose time is over.
+///
+/// # Errors
+/// [`ErrorKind::Misuse`] when the branch in the way is one of the same owner, which would wait for
+/// itself.
+pub(super) async fn contact(conn: &mut PgConnection, fence: &Fence, held: &[Held]) -> Result<()> {
+    let (keys, exclusive, tokens) = columns(held, hex);
+    let found: Result<Vec<(String, bool, bool)>, _> = sqlx::query_as(CONTACT)
+        .bind(keys)
+        .bind(exclusive)
+        .bind(tokens)
+        .bind(fence.owner.as_uuid())
+        .bind(fence.attempt)
+        .fetch_all(conn)
+        .await;
+    let found = match found {
+        Ok(found) => found,
+        // Without the right to end a session of another role there is only waiting.
+        Err(error) if sqlstate(&error) == "42501" => Vec::new(),
+        Err(error) => return Err(classify("fence", error)),
+    };
+    if let Some((key, _, _)) = found.iter().find(|(_, own, _)| *own) {
+        let detail = "this owner already has a branch open in this store that holds the key, and \
+                      would wait for itself; use that branch, or end it first";
+        let error = Error::new(ErrorKind::Misuse, "fence", detail);
+        let key = unhex(key).and_then(|key| ResourceKey::parse(key).ok());
+        return Err(match key {
+            Some(key) => error.with_key(key),
+            None => error,
+        });
+    }
+    let ended = found.iter().filter(|(_, _, ended)| *ended).count();
+    if ended > 0 {
+        tracing::warn!(ended, attempt = %fence.attempt, "ended sessions of overtaken holders");
+    }
+    Ok(())
+}
+
+/// Publishes keys that were added to an open branch. Best effort, on a connection that is free
+/// right now: without it, whoever meets these keys later waits for the session's own time-outs.
+pub(super) async fn publish_more(store: &SqlStore<Postgres>, fence: &Fence, held: &[Held]) {
+    let Some(mut conn) = store.pool().try_acquire() else { return };
+    let (keys, exclusive, tokens) = columns(held, hex);
+    let published = sqlx::query(PUBLISH_MORE)
+        .bind(keys)
+        .bind(exclusive)
+        .bind(tokens)
+        .bind(fence.attempt)
+        .execute(&mut *conn)
+        .await;
+    if let Err(error) = published {
+        tracing::debug!(%error, "added keys were not published");
+    }
+}
+
+/// Ends the session of an attempt and waits until it is gone.
+///
+/// # Errors
+/// When the store cannot be reached, or the session is still there at `deadline`.
+pub(super) async fn end_session(
+    conn: &mut PgConnection,
+    attempt: Uuid,
+    deadline: Instant,
+) -> Result<(), sqlx::Error> {
+    loop {
+        let told: i64 = sqlx::query_scalar(END_SESSION).bind(attempt).fetch_one(&mut *conn).await?;
+        if told == 0 {
+            return Ok(());
+        }
+        if Instant::now() >= deadline {
+            return Err(sqlx::Error::PoolTimedOut);
+        }
+        sleep(Duration::from_millis(5)).await;
+    }
+}

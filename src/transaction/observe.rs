@@ -1,0 +1,24 @@
+//! Outcomes of transactions through the `metrics` facade; the names are in `src/docs/metrics.md`.
+
+/// How a transaction ended, as a label.
+#[derive(Clone, Copy)]
+pub(super) enum End {
+    Committed,
+    RolledBack,
+    InDoubt,
+    Degraded,
+}
+
+#[cfg(feature = "metrics")]
+pub(super) fn ended(end: End) {
+    let outcome = match end {
+        End::Committed => "committed",
+        End::RolledBack => "rolled_back",
+        End::InDoubt => "in_doubt",
+        End::Degraded => "degraded",
+    };
+    metrics::counter!("palisade_transactions_total", "outcome" => outcome).increment(1);
+}
+
+#[cfg(not(feature = "metrics"))]
+pub(super) fn ended(_end: End) {}

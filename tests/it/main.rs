@@ -1,0 +1,34 @@
+//! Tests against the public API, with real servers where one is needed.
+//!
+//! They share one binary, so that the crate is linked once. Each module is about one part.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    unreachable_pub,
+    reason = "a test panics to fail, and nobody imports it"
+)]
+
+mod cancel;
+mod examples;
+mod hazards;
+mod locks;
+mod locks_on_redis;
+mod metrics;
+mod processes;
+mod redis_asks;
+mod redis_commands;
+mod redis_corrupt;
+mod redis_differential;
+mod redis_locks;
+mod redis_outage;
+mod redis_states;
+mod servers;
+mod store_fences;
+mod store_postgres;
+mod store_postgres_facts;
+mod store_sqlite;
+mod support;
+mod transactions;
+mod transactions_on_postgres;
