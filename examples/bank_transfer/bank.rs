@@ -66,6 +66,7 @@ impl Bank {
     /// Connects to the database at `url`, with as many connections as there are tasks.
     pub async fn open(url: &str, tasks: u32) -> Result<Self> {
         if let Some(path) = url.strip_prefix("sqlite:") {
+            let path = path.strip_prefix("//").unwrap_or(path);
             // The safest setting of SQLite stays on: each commit is forced to the disk.
             let options = SqliteConnectOptions::new()
                 .filename(path)

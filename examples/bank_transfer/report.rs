@@ -8,7 +8,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::input::Transfer;
 
-/// What a worker has done since its last report; `done` alone counts from its start.
+/// What a worker has done since its last report; `done` alone counts from its start. A worker that
+/// is killed takes along what it has not reported yet, so times and counts are those of survivors.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Report {
     /// How many transfers of the worker's share are done, those of its predecessors among them.

@@ -48,6 +48,9 @@ impl Servers {
                 (postgres.url.clone(), Some(postgres))
             }
             "sqlite:" => (format!("sqlite:{}", directory.path().join("bank.db").display()), None),
+            "sqlite::memory:" => {
+                return Err("a database in memory has one connection; use sqlite:PATH".into());
+            }
             other if other.starts_with("sqlite:") || other.starts_with("postgres") => {
                 (other.to_owned(), None)
             }
@@ -65,7 +68,7 @@ fn own_redis_port(url: &str) -> Result<Option<u16>> {
         return free_port().map(Some);
     }
     let host = rest.trim_start_matches('/').split('/').next().unwrap_or_default();
-    let Some((host, port)) = host.rsplit_once(':') else { return Ok(None) };
+    let (host, port) = host.rsplit_once(':').unwrap_or((host, "6379"));
     let (Ok(port), Ok(mut addresses)) = (port.parse(), (host, 0).to_socket_addrs()) else {
         return Ok(None);
     };

@@ -5,7 +5,9 @@
 use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
 
-use crate::support::{PostgresServer, RedisServer, children, is_alive, program, wait_until};
+use crate::support::{
+    Directory, PostgresServer, RedisServer, children, is_alive, program, wait_until,
+};
 
 fn bank_transfer(arguments: &[&str]) -> Command {
     let mut command = Command::new(program("bank_transfer"));
@@ -86,6 +88,24 @@ fn bad_input_is_refused_with_what_helps() {
         assert_eq!(status.code(), Some(2), "{said}");
         assert!(said.contains(word), "{said}");
     }
+}
+
+#[test]
+fn a_file_whose_outcome_depends_on_the_order_is_refused() {
+    let directory = Directory::new();
+    let write = |name: &str, text: &str| {
+        let path = directory.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        path
+    };
+    write("accounts.csv", "account,opening_cents\na,5\nb,90\n");
+    let file = write("t.csv", "id,from,to,amount_cents,memo\n1,b,a,9,\"x, y\"\n2,a,b,9,\n");
+    let output = bank_transfer(&["--file", file.to_str().unwrap()]).output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(2), "{said}");
+    assert!(said.contains("account \"a\" opens with 5"), "{said}");
+    // Without the second transfer, the first may come whenever it likes.
+    run(&["--file", file.to_str().unwrap(), "--limit", "1"]);
 }
 
 #[tokio::test]

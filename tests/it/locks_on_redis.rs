@@ -60,7 +60,7 @@ async fn dropping_an_acquire_or_a_release_at_any_await_leaves_nothing() {
     let acquire = || locks.lock_all(keys).acquire();
     assert!(at_every_await(acquire, free).await > 0);
     let both = || async { locks.lock_all(keys).acquire().await.unwrap().release().await.unwrap() };
-    assert!(at_every_await(both, free).await > 1);
+    assert!(at_every_await(both, free).await > 0);
 
     let holder = locks.lock("b").acquire().await.unwrap();
     let waiting = || locks.lock_all(keys).wait(Duration::from_millis(100)).acquire();
@@ -69,7 +69,7 @@ async fn dropping_an_acquire_or_a_release_at_any_await_leaves_nothing() {
         wait_until("no waiter is left", SOON, gone).await;
         assert!(is_free(&locks, "a").await);
     };
-    assert!(at_every_await(waiting, none_waits).await > 1);
+    assert!(at_every_await(waiting, none_waits).await > 0);
     holder.release().await.unwrap();
     free().await;
 }

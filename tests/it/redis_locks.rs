@@ -266,25 +266,39 @@ async fn an_incremental_request_passes_the_line_and_never_joins_it() {
 }
 
 #[tokio::test]
-async fn a_reader_that_waited_to_be_alone_is_alone_when_the_other_readers_have_left() {
+async fn a_waiter_that_reads_meanwhile_is_alone_only_when_it_reads_no_more() {
     let server = RedisServer::start();
     let redis = connect(&server).await;
     let client = Client::of(&redis).await;
     let (reader, writer) = (client.ask(&[("k", S)]), client.ask(&[("k", X)]));
-    tokens(&redis.acquire(&reader).await.unwrap());
+    let token = tokens(&redis.acquire(&reader).await.unwrap())[0];
     assert!(matches!(redis.acquire(&writer).await.unwrap(), Acquired::Queued { .. }));
-    // Another process that was handed the owner's id reads meanwhile.
+    // Another process that was handed the owner's id reads beside the first reader.
     let same = Acquire { wait: false, ..ask(client.id, writer.part.owner, &[("k", S)]) };
-    let token = tokens(&redis.acquire(&same).await.unwrap())[0];
+    let beside = tokens(&redis.acquire(&same).await.unwrap())[0];
     redis.release(&reader.part).await.unwrap();
-    let Renewed::Held(Some(grant)) = renew(&redis, &writer, true).await else { panic!() };
-    assert_eq!(grant.tokens, [token], "one owner has one token on a key");
+    assert!(matches!(renew(&redis, &writer, true).await, Renewed::Queued { .. }));
     let other = Acquire { wait: false, ..client.ask(&[("k", S)]) };
     assert!(matches!(redis.acquire(&other).await.unwrap(), Acquired::Busy { .. }));
+    redis.release(&same.part).await.unwrap();
+    let Renewed::Held(Some(grant)) = renew(&redis, &writer, true).await else { panic!() };
+    assert!(token < beside && beside < grant.tokens[0]);
+    assert!(matches!(redis.acquire(&other).await.unwrap(), Acquired::Busy { .. }));
     redis.release(&writer.part).await.unwrap();
-    tokens(&redis.acquire(&other).await.unwrap());
-    for ask in [&same, &other] {
-        assert_eq!(redis.release(&ask.part).await.unwrap(), Released::Released);
-    }
     assert_eq!(left(&server), [""; 0]);
+}
+
+#[tokio::test]
+async fn an_acquire_that_is_sent_again_lasts_a_whole_lease_from_then() {
+    let server = RedisServer::start();
+    let redis = connect(&server).await;
+    let client = Client::of(&redis).await;
+    let (first, second) = (client.ask(&[("k", X)]), client.ask(&[("k", X)]));
+    redis.acquire(&first).await.unwrap();
+    redis.acquire(&second).await.unwrap();
+    redis.release(&first.part).await.unwrap();
+    let left = async || redis.inspect(P0, &key("k")).await.unwrap().holders[0].expires_in;
+    assert!(left().await <= second.lease.claim(), "handed over, for a claim");
+    tokens(&redis.acquire(&second).await.unwrap());
+    assert!(left().await > second.lease.claim(), "sent again");
 }

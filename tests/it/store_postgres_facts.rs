@@ -315,6 +315,7 @@ async fn further_keys_are_fenced_at_read_committed_and_refused_at_one_snapshot()
     let branch = b.open(&write("m", 20)).await;
     let error = branch.extend(&[held("stale", Mode::Exclusive, 20)]).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::StaleToken);
+    wait_until("a connection is free", SOON, async || b.store.pool().num_idle() > 0).await;
     branch.extend(&[held("c", Mode::Exclusive, 20), held("d", Mode::Shared, 20)]).await.unwrap();
     branch.savepoint(1).await.unwrap();
     branch.rollback_to_savepoint(1).await.unwrap();

@@ -669,3 +669,13 @@ async fn a_pool_that_is_exhausted_or_closed_is_named() {
     assert!(error.is_unavailable());
     assert!(error.to_string().contains("closed"), "{error}");
 }
+
+#[tokio::test]
+async fn a_branch_whose_opening_was_cancelled_can_be_opened_again_by_its_owner() {
+    let b = Bench::new().await;
+    let mine = write("a", 10);
+    for n in 0..10 {
+        drop_after(b.store.open(&again(&mine)), n).await;
+        b.open(&again(&mine)).await.rollback().await.unwrap();
+    }
+}

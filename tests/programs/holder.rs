@@ -47,7 +47,10 @@ async fn main() -> Result<(), Error> {
     for line in std::io::stdin().lock().lines() {
         match line.expect("text").as_str() {
             "write" => report("written", write(&tx, &bank, key).await),
-            "commit" => return Ok(report("committed", tx.commit().await)),
+            "commit" => {
+                report("committed", tx.commit().await);
+                return Ok(());
+            }
             other => panic!("no such command: {other}"),
         }
     }

@@ -185,7 +185,8 @@ pub fn files(directory: &str) -> Vec<String> {
     while let Some(directory) = open.pop() {
         for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
             let path = entry.path();
-            if entry.file_name() == ".git" || path.join("CACHEDIR.TAG").exists() {
+            let name = entry.file_name();
+            if name == ".git" || name == "target" || path.join("CACHEDIR.TAG").exists() {
                 continue;
             }
             if path.is_dir() {

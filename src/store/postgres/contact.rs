@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use sqlx::{PgConnection, Postgres};
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, timeout};
 use uuid::Uuid;
 
 use crate::error::{Error, ErrorKind, Result};
@@ -14,6 +14,9 @@ use crate::types::ResourceKey;
 use super::super::sql_store::SqlStore;
 use super::super::{Fence, Held};
 use super::fence::columns;
+
+/// How long the publishing of added keys waits for a connection.
+const A_MOMENT: Duration = Duration::from_millis(100);
 
 /// Whether the fence statement found its rows locked, or lost against a branch that came before.
 pub(super) fn is_blocked(error: &sqlx::Error) -> bool {
@@ -58,10 +61,14 @@ pub(super) async fn contact(conn: &mut PgConnection, fence: &Fence, held: &[Held
     Ok(())
 }
 
-/// Publishes keys that were added to an open branch. Best effort, on a connection that is free
-/// right now: without it, whoever meets these keys later waits for the session's own time-outs.
+/// Publishes keys that were added to an open branch. Best effort, on another connection if one is
+/// free in a moment: without it, whoever meets these keys later waits for the session's own
+/// time-outs.
 pub(super) async fn publish_more(store: &SqlStore<Postgres>, fence: &Fence, held: &[Held]) {
-    let Some(mut conn) = store.pool().try_acquire() else { return };
+    if store.pool().options().get_max_connections() < 2 {
+        return;
+    }
+    let Ok(Ok(mut conn)) = timeout(A_MOMENT, store.pool().acquire()).await else { return };
     let (keys, exclusive, tokens) = columns(held, hex);
     let published = sqlx::query(PUBLISH_MORE)
         .bind(keys)

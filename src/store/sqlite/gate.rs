@@ -1,15 +1,20 @@
 //! The line of this process's branches for the one write lock of a database.
 
+use std::pin::pin;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio::time::timeout_at;
+use tokio::time::{Instant, timeout_at};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::types::OwnerId;
 
 use super::super::Fence;
 use super::opening::blocked;
+
+/// How long an owner waits for itself.
+const A_MOMENT: Duration = Duration::from_millis(150);
 
 /// One branch at a time. Without it they would poll for the lock, and an owner that meets itself
 /// would wait for itself.
@@ -34,20 +39,28 @@ impl Default for Gate {
 
 impl Gate {
     /// Waits for the branches before this one, until the deadline of its fence.
+    ///
+    /// An owner that is in the way of itself is told after a moment: its other branch may just be
+    /// ending.
     pub(super) async fn enter(&self, fence: &Fence) -> Result<Pass> {
-        let inside = *self.inside.lock().unwrap_or_else(PoisonError::into_inner);
-        if inside == Some(fence.owner) {
-            let detail = "this owner already has a branch open in this store, and would wait for \
-                          itself; use that branch, or end it first";
-            return Err(Error::new(ErrorKind::Misuse, "fence", detail));
-        }
-        match timeout_at(fence.deadline, Arc::clone(&self.line).acquire_owned()).await {
-            Ok(Ok(permit)) => {
-                *self.inside.lock().unwrap_or_else(PoisonError::into_inner) = Some(fence.owner);
-                Ok(Pass { inside: Arc::clone(&self.inside), _permit: permit })
+        let mut turn = pin!(Arc::clone(&self.line).acquire_owned());
+        let moment = fence.deadline.min(Instant::now() + A_MOMENT);
+        let permit = match timeout_at(moment, &mut turn).await {
+            Ok(permit) => permit,
+            Err(_) if self.is_inside(fence.owner) => {
+                let detail = "this owner already has a branch open in this store, and would wait \
+                              for itself; use that branch, or end it first";
+                return Err(Error::new(ErrorKind::Misuse, "fence", detail));
             }
-            _ => Err(blocked()),
-        }
+            Err(_) => timeout_at(fence.deadline, turn).await.map_err(|_| blocked())?,
+        };
+        let permit = permit.map_err(|_| blocked())?;
+        *self.inside.lock().unwrap_or_else(PoisonError::into_inner) = Some(fence.owner);
+        Ok(Pass { inside: Arc::clone(&self.inside), _permit: permit })
+    }
+
+    fn is_inside(&self, owner: OwnerId) -> bool {
+        *self.inside.lock().unwrap_or_else(PoisonError::into_inner) == Some(owner)
     }
 }
 

@@ -160,7 +160,7 @@ end
 local function save(reply)
   local longest = 0
   for _, s in ipairs(order) do
-    if s.many and s.owners == 0 then s.many, s.list, s.changed = nil, {}, true end
+    if s.many and s.owners == 0 then narrow(s) end
     if not s.bad and (s.changed or s.need > 0) then longest = math.max(longest, write(s)) end
   end
   if longest > 0 then

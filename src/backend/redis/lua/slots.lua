@@ -274,12 +274,10 @@ local function widen(s)
   s.list = {}
 end
 
--- Of several owners, this one is left, or nobody.
-local function narrow(s, owner)
-  local token, list = own(s, owner)
-  for _, e in ipairs(list or {}) do e.n = tonumber(call('ZSCORE', s.d, owner .. e.r) or now) end
+-- Of several owners, none is left.
+local function narrow(s)
   call('DEL', s.h, s.d)
-  s.many, s.owner, s.token, s.list, s.changed = nil, owner, token, list or {}, true
+  s.many, s.list, s.changed = nil, {}, true
 end
 
 -- Makes an owner a holder in one more way. The caller has seen that the key is not taken, so an
@@ -287,7 +285,7 @@ end
 -- only.
 local function add(s, owner, r, m, deadline, token)
   if s.many then
-    if s.owners == 0 or lower(m) == 'x' then narrow(s, owner) end
+    if s.owners == 0 then narrow(s) end
   elseif #s.list > 0 and s.owner ~= owner then
     widen(s)
   end
