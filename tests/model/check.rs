@@ -182,8 +182,8 @@ impl Model for World {
 }
 
 impl World {
-    /// Notes the first failure of a property and overlooks later ones, since the checker would report
-    /// the last that it came across.
+    /// Notes the first failure of a property and overlooks later ones, since the checker would
+    /// report the last that it came across.
     fn first(&self, name: &'static str, holds: bool) -> bool {
         holds || !self.failed.lock().unwrap().insert(name)
     }
@@ -261,8 +261,9 @@ impl World {
         }
     }
 
-    /// Explores until everything was seen, the property `expected` or (without it) any has failed, or
-    /// about `most` transitions were taken. `PALISADE_MODEL_SECONDS` sets a time instead of `most`.
+    /// Explores until everything was seen, the property `expected` or (without it) any has failed,
+    /// or about `most` transitions were taken. `PALISADE_MODEL_SECONDS` sets a time instead of
+    /// `most`.
     pub fn run(mut self, most: usize, expected: Option<&'static str>) -> Report {
         let (name, started) = (self.name, Instant::now());
         let finish = match expected {
@@ -357,8 +358,8 @@ impl State {
         }
     }
 
-    /// Whether a waiter that only lapsed leases hold up is granted when it refreshes, unless somebody
-    /// before it was let through in that very step.
+    /// Whether a waiter that only lapsed leases hold up is granted when it refreshes, unless
+    /// somebody before it was let through in that very step.
     fn refresh_helps(&self, world: &World) -> bool {
         let Some(waiter) = self.unblocked(false) else { return true };
         let Some(request) = self.find(waiter.id) else { return true };

@@ -1,4 +1,5 @@
-//! What a client does: asks part by part, as `lock/service.rs` does, and hears, refreshes, gives up.
+//! What a client does: asks part by part, as `lock/service.rs` does, and hears, refreshes, gives
+//! up.
 
 use palisade::protocol::{Acquired, Admission, Renewed, Standing};
 use palisade::{Partition, Want};

@@ -1,9 +1,9 @@
 //! The canonical form of a state: what two states share when the same can happen from them.
 //!
-//! Clients are alike, so the code is a sorted list of client codes. Request ids and token values mean
-//! nothing; places in line count by rank. Deadlines are erased, since any lease may lapse at any time:
-//! it only counts whether one has. Who stands in which line follows from the requests and their
-//! places, as long as the property `everyone stands in line on each key` holds.
+//! Clients are alike, so the code is a sorted list of client codes. Request ids and token values
+//! mean nothing; places in line count by rank. Deadlines are erased, since any lease may lapse at
+//! any time: it only counts whether one has. Who stands in which line follows from the requests and
+//! their places, as long as the property `everyone stands in line on each key` holds.
 
 use std::collections::hash_map::DefaultHasher;
 use std::hash::{Hash, Hasher};

@@ -1,4 +1,5 @@
-//! Draining: from here on nobody asks for anything new. Does everyone get its turn, and leave nothing?
+//! Draining: from here on nobody asks for anything new. Does everyone get its turn, and leave
+//! nothing?
 
 use crate::service::{Id, Seen};
 use crate::world::{Phase, State, World};
@@ -19,8 +20,8 @@ impl State {
         *self.drained.get_or_init(|| self.clone().drain(world))
     }
 
-    /// Messages arrive, the dead lapse, whoever waits goes on waiting with its refreshes, and whoever
-    /// does not wait releases what it holds.
+    /// Messages arrive, the dead lapse, whoever waits goes on waiting with its refreshes, and
+    /// whoever does not wait releases what it holds.
     fn drain(mut self, world: &World) -> Drained {
         let mut lapsed = self.seen.iter().any(|seen| !seen.live);
         for client in &mut self.clients {
@@ -57,8 +58,8 @@ impl State {
         if idle { Drained::Empty } else { Drained::Leak }
     }
 
-    /// Whoever waits holds on to what it has, and so does a process while another one waits to which it
-    /// passed its owner's id.
+    /// Whoever waits holds on to what it has, and so does a process while another one waits to
+    /// which it passed its owner's id.
     fn may_release(&self, world: &World, client: usize) -> bool {
         let me = world.processes[client];
         let all = self.clients.iter().zip(&world.processes).enumerate();
@@ -102,8 +103,8 @@ impl State {
     }
 
     /// A waiter that nothing blocks: whoever unblocked it should have granted it. Others' entries
-    /// block it, earlier waiters, and a weaker entry of its own owner, which it would upgrade. Those that
-    /// have lapsed without anybody noticing block if `dead_block`.
+    /// block it, earlier waiters, and a weaker entry of its own owner, which it would upgrade.
+    /// Those that have lapsed without anybody noticing block if `dead_block`.
     pub fn unblocked(&self, dead_block: bool) -> Option<Seen> {
         let seen = &self.seen;
         let place = |id: Id| self.find(id).and_then(|request| request.ticket);

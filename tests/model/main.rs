@@ -1,10 +1,10 @@
 //! The grant rules, model-checked with stateright.
 //!
 //! What is checked is the production code: [`palisade::protocol::Queue`] is the service and
-//! [`palisade::protocol::admit`] is the client's half of the rules. The model adds what is around them:
-//! clients that ask part by part as `lock/service.rs` does, crashes, leases that lapse, and a network
-//! that loses, delays and repeats messages. Clients are alike, so states are counted up to renaming
-//! them.
+//! [`palisade::protocol::admit`] is the client's half of the rules. The model adds what is around
+//! them: clients that ask part by part as `lock/service.rs` does, crashes, leases that lapse, and a
+//! network that loses, delays and repeats messages. Clients are alike, so states are counted up to
+//! renaming them.
 //!
 //! | file | knows |
 //! |---|---|
@@ -19,8 +19,8 @@
 //!
 //! Every run prints its size. They are bounded, and most of the larger ones are cut off; with
 //! `PALISADE_MODEL_SECONDS=200` each run goes on for that long, with some 10 to 20 MB of memory for
-//! each second. Then `one-key-deep` (159 109 states), `two-keys` (87 124), `two-keys-lapse` (126 658)
-//! and `three-keys` (96 310) are complete, too.
+//! each second. Then `one-key-deep` (159 109 states), `two-keys` (87 124), `two-keys-lapse` (126
+//! 658) and `three-keys` (96 310) are complete, too.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,

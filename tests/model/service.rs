@@ -1,7 +1,8 @@
-//! Calls to the real [`Queue`](palisade::protocol::Queue), each answer checked against the promises.
+//! Calls to the real [`Queue`](palisade::protocol::Queue), each answer checked against the
+//! promises.
 //!
-//! Time is an event. Before a lease lapses, everybody else renews; then the clock moves just past its
-//! deadline. Those renewals name no key, so that they look at nothing and find nothing.
+//! Time is an event. Before a lease lapses, everybody else renews; then the clock moves just past
+//! its deadline. Those renewals name no key, so that they look at nothing and find nothing.
 
 use std::sync::Arc;
 
@@ -10,8 +11,8 @@ use palisade::{Mode, OwnerId, Partition, RequestId};
 
 use crate::world::{LEASE, MOST_KEYS, Promise, Request, State, World};
 
-/// How far the clock moves with each call. A lease is many thousand ticks long, so that nothing lapses
-/// but by [`State::lapse`].
+/// How far the clock moves with each call. A lease is many thousand ticks long, so that nothing
+/// lapses but by [`State::lapse`].
 const TICK_US: u64 = 2;
 
 pub type Id = (OwnerId, RequestId);
@@ -54,8 +55,8 @@ impl Seen {
 }
 
 impl State {
-    /// Everything that the service knows. Asked at time zero, when nothing has lapsed yet, `inspect`
-    /// shows lapsed entries too, and their deadlines as they are.
+    /// Everything that the service knows. Asked at time zero, when nothing has lapsed yet,
+    /// `inspect` shows lapsed entries too, and their deadlines as they are.
     pub fn look(&self, world: &World) -> Vec<Seen> {
         let mut all: Vec<Seen> = Vec::new();
         for (key, name) in world.names.iter().enumerate() {

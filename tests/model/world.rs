@@ -68,7 +68,8 @@ pub struct World {
     pub sloppy: Option<Sloppy>,
     /// When a run that is bounded by time stops taking steps.
     pub until: Option<Instant>,
-    /// Properties that have failed already: the first counterexample, which is a shortest one, stays.
+    /// Properties that have failed already: the first counterexample, which is a shortest one,
+    /// stays.
     pub failed: Mutex<BTreeSet<&'static str>>,
 }
 
@@ -175,8 +176,8 @@ pub enum Promise {
 pub struct Client {
     pub crashed: bool,
     pub orders: Vec<Order>,
-    /// Requests that the client has struck out of its books, and that the service or the network may
-    /// still know.
+    /// Requests that the client has struck out of its books, and that the service or the network
+    /// may still know.
     pub loose: Vec<Request>,
 }
 
