@@ -93,7 +93,8 @@ impl Model for World {
     }
 
     fn actions(&self, state: &State, actions: &mut Vec<Action>) {
-        if state.broken.is_some() {
+        let late = self.until.is_some_and(|until| Instant::now() > until);
+        if state.broken.is_some() || late {
             return;
         }
         let seen = &state.seen;
@@ -263,24 +264,26 @@ impl World {
     /// Explores until everything was seen, the property `expected` or (without it) any has failed,
     /// or about `most` transitions were taken. `PALISADE_MODEL_SECONDS` sets a time instead of
     /// `most`.
-    pub fn run(self, most: usize, expected: Option<&'static str>) -> Report {
+    pub fn run(mut self, most: usize, expected: Option<&'static str>) -> Report {
         let (name, started) = (self.name, Instant::now());
-        let until = match expected {
+        let finish = match expected {
             Some(property) => HasDiscoveries::AllOf([property].into()),
             None => HasDiscoveries::AnyFailures,
         };
         let seconds = std::env::var("PALISADE_MODEL_SECONDS").ok();
         let seconds = seconds.map(|text| text.parse().expect("PALISADE_MODEL_SECONDS is a number"));
-        let checker = self.checker().threads(1).finish_when(until);
-        let checker = match seconds {
-            Some(seconds) => checker.timeout(Duration::from_secs(seconds)),
-            None => checker.target_state_count(most),
-        };
+        // stateright's own time limit is not looked at by a checker with one thread, and with more
+        // the first counterexample would not be a shortest one.
+        self.until = seconds.map(|seconds| started + Duration::from_secs(seconds));
+        let until = self.until;
+        let mut checker = self.checker().threads(1).finish_when(finish);
+        if until.is_none() {
+            checker = checker.target_state_count(most);
+        }
         let checker = checker.spawn_bfs().join();
         let (states, transitions) = (checker.unique_state_count(), checker.state_count());
         let failures: Vec<_> = checker.discoveries().into_iter().collect();
-        let in_bounds = seconds
-            .map_or(transitions < most, |seconds| started.elapsed() < Duration::from_secs(seconds));
+        let in_bounds = until.map_or(transitions < most, |until| Instant::now() < until);
         let how = match (failures.is_empty(), in_bounds) {
             (false, _) => "stopped at a failure",
             (true, true) => "complete",
@@ -288,7 +291,8 @@ impl World {
         };
         let (depth, time) = (checker.max_depth(), started.elapsed());
         println!(
-            "model {name}: {states} states, {transitions} transitions, depth {depth}, {how}, {time:.1?}"
+            "model {name}: {states} states, {transitions} transitions, depth {depth}, {how}, \
+             {time:.1?}"
         );
         Report { states, failures }
     }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, LazyLock, Mutex, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use palisade::protocol::{Acquire, Part, Queue, Rules, Standing};
 use palisade::{ClientId, Lease, Mode, OwnerId, Partition, RequestId, ResourceKey, Want};
@@ -66,6 +66,8 @@ pub struct World {
     pub faults: Faults,
     pub rules: Rules,
     pub sloppy: Option<Sloppy>,
+    /// When a run that is bounded by time stops taking steps.
+    pub until: Option<Instant>,
     /// Properties that have failed already: the first counterexample, which is a shortest one,
     /// stays.
     pub failed: Mutex<BTreeSet<&'static str>>,
@@ -86,6 +88,7 @@ impl World {
             faults: Faults { concurrent: true, ..Faults::default() },
             rules: Rules::default(),
             sloppy: None,
+            until: None,
             failed: Mutex::default(),
         }
     }
