@@ -61,7 +61,7 @@ impl Waiting {
     /// A grant was pushed. It lasts for the claim time, counted from when it can have been made at
     /// the earliest.
     pub(super) fn pushed(&self, grant: Grant) {
-        let deadline = self.lock().queued + self.lease.claim() - self.lease.drift();
+        let deadline = self.lock().queued + self.lease.sure_claim();
         self.end(Turn::Granted { grant, deadline, confirmed: false });
     }
 

@@ -28,6 +28,8 @@ const BATCH: usize = 100;
 const BATCH_KEYS: usize = 1_000;
 /// The most background releases under way at once. Renewals are bounded by what is held.
 const SETTLING: usize = 64;
+/// The least time that a refresh gets, however short the lease.
+const LEAST_ATTEMPT: Duration = Duration::from_millis(50);
 /// How long a failed background release waits for its next attempt.
 const SETTLE_AGAIN: Duration = Duration::from_millis(200);
 
@@ -256,7 +258,12 @@ impl Job {
 
     /// How long the call may take so that another attempt fits into the lease.
     fn attempt(&self, now: Instant) -> Option<Duration> {
-        let Job::Keep(kept) = self else { return None };
+        let kept = match self {
+            Job::Keep(kept) => kept,
+            // Two more refreshes fit into the life of a waiter.
+            Job::Wait(waiting) => return Some(waiting.lease.refresh().max(LEAST_ATTEMPT)),
+            Job::Settle(_) => return None,
+        };
         let remaining = kept.state.deadline()?.saturating_duration_since(now);
         Some(Renewals::new(kept.lease).attempt(remaining))
     }

@@ -74,8 +74,19 @@ impl Lease {
     /// What the client takes off its own deadline because two clocks never run at one speed.
     #[must_use]
     pub fn drift(self) -> Duration {
-        self.0 / 100 + Duration::from_millis(1)
+        drift(self.0)
     }
+
+    /// How much of a claim the client counts on.
+    #[must_use]
+    pub fn sure_claim(self) -> Duration {
+        self.claim() - drift(self.claim())
+    }
+}
+
+/// One percent and a millisecond.
+fn drift(duration: Duration) -> Duration {
+    duration / 100 + Duration::from_millis(1)
 }
 
 impl TryFrom<Duration> for Lease {
@@ -180,6 +191,14 @@ mod tests {
         {
             let error = Lease::new(bad).unwrap_err();
             assert!(error.to_string().contains("between 10 ms and 24 h"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_claim_outlasts_a_refresh_whatever_the_lease() {
+        for lease in [MIN_LEASE, Duration::from_secs(30), Duration::from_secs(3600), MAX_LEASE] {
+            let lease = Lease::new(lease).unwrap();
+            assert!(lease.sure_claim() > lease.refresh(), "{lease:?}");
         }
     }
 
