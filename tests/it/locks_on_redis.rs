@@ -108,7 +108,7 @@ async fn a_client_that_vanishes_is_followed_within_its_lease() {
     std::mem::forget(request.acquire().await.unwrap());
     let started = Instant::now();
     let guard = locks.lock("k").acquire().await.unwrap();
-    assert!(started.elapsed() < lease + Duration::from_millis(500), "{:?}", started.elapsed());
+    assert!(started.elapsed() < lease * 3, "{:?}", started.elapsed());
     guard.release().await.unwrap();
 }
 
@@ -125,7 +125,7 @@ async fn an_empty_restart_is_noticed_by_the_holder_and_survived_by_the_waiter() 
     redis.restart_empty();
     let next = waiter.await.unwrap().unwrap();
     assert!(next.token() > token, "tokens grow through an empty restart");
-    tokio::time::timeout(lease * 2, holder.lost()).await.expect("the holder hears of it");
+    tokio::time::timeout(lease * 4, holder.lost()).await.expect("the holder hears of it");
     assert_eq!(holder.release().await.unwrap_err().kind(), ErrorKind::LeaseLost);
     next.release().await.unwrap();
 }
@@ -139,7 +139,7 @@ async fn a_stopped_server_makes_begin_fail_within_its_wait_and_is_used_again_whe
     let started = Instant::now();
     let error = coordinator.transaction(["k"]).begin().await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
-    assert!(started.elapsed() < Duration::from_millis(700), "{:?}", started.elapsed());
+    assert!(started.elapsed() < Duration::from_millis(1_200), "{:?}", started.elapsed());
     redis.cont();
     let again = async || coordinator.transaction(["k"]).begin().await.is_ok();
     wait_until("the server is used again", SOON, again).await;

@@ -13,7 +13,7 @@ use crate::support::{PostgresServer, RedisServer, program};
 
 const LEASE: Duration = Duration::from_secs(2);
 /// What a loaded machine may add.
-const SLACK: Duration = Duration::from_secs(2);
+const SLACK: Duration = Duration::from_secs(4);
 
 struct Bench {
     redis: RedisServer,
