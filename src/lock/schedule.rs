@@ -2,7 +2,7 @@
 //!
 //! Holders and waiters enter and leave this table without waking the watchdog, unless they are due
 //! before it means to wake anyway; the common case of a lock that is held for less than a third of
-//! its lease costs two map operations and no wake-up.
+//! its lease costs a few map operations and no wake-up.
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -17,6 +17,10 @@ use crate::types::{OwnerId, RequestId};
 use super::hold::Kept;
 use super::wait::Waiting;
 
+/// How long the watchdog stays at hand when there is nothing left to do: less than a third of the
+/// interval after which all but the shortest leases are renewed.
+const LINGER: Duration = Duration::from_millis(100);
+
 #[derive(Debug)]
 pub(super) struct Schedule {
     table: Mutex<Table>,
@@ -30,6 +34,8 @@ struct Table {
     jobs: HashMap<RequestId, (Job, Option<Instant>)>,
     due: BTreeSet<(Instant, RequestId)>,
     wakes_at: Option<Instant>,
+    /// Whether anything was put in since the watchdog last found nothing to do.
+    used: bool,
     stopping: bool,
     dead: bool,
 }
@@ -85,6 +91,7 @@ impl Schedule {
         table.jobs.insert(request, (job, due));
         let Some(due) = due else { return };
         table.due.insert((due, request));
+        table.used = true;
         self.wake(table, due);
     }
 
@@ -172,10 +179,13 @@ impl Schedule {
         taken
     }
 
-    /// When the next job is due; from now on only earlier ones wake the watchdog.
-    pub(super) fn next_due(&self) -> Option<Instant> {
+    /// When the watchdog looks again; from now on only earlier jobs wake it. In an empty table that
+    /// is in use it looks again soon: else each of the locks that come and go would wake it.
+    pub(super) fn next_due(&self, now: Instant) -> Option<Instant> {
         let mut table = self.lock();
-        table.wakes_at = table.due.first().map(|(due, _)| *due);
+        let nap = table.wakes_at.filter(|at| *at > now);
+        let lingers = std::mem::take(&mut table.used).then(|| now + LINGER);
+        table.wakes_at = table.due.first().map(|(due, _)| *due).or(nap).or(lingers);
         table.wakes_at
     }
 

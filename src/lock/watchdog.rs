@@ -68,7 +68,7 @@ impl Watchdog {
             }
             tokio::select! {
                 () = self.schedule.changed() => {}
-                () = sleep_until(self.schedule.next_due()) => {}
+                () = sleep_until(self.schedule.next_due(Instant::now())) => {}
                 Some(()) = renewing.next(), if !renewing.is_empty() => {}
                 Some(()) = settling.next(), if !settling.is_empty() => {}
             }

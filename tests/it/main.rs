@@ -24,6 +24,7 @@ mod redis_differential;
 mod redis_locks;
 mod redis_outage;
 mod redis_states;
+mod redis_together;
 mod servers;
 mod store_fences;
 mod store_postgres;

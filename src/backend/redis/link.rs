@@ -15,6 +15,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
 use redis::aio::MultiplexedConnection;
 use redis::{Cmd, RedisError, Value};
 use tokio::sync::Notify;
@@ -23,8 +25,10 @@ use tokio_util::sync::CancellationToken;
 
 use super::failure::{self, Remedy, explain, remedy};
 use super::greeting::{self, Peer, Refusal};
+use super::request::Share;
 use super::script::Call;
 use super::subscribers::Subscribers;
+use super::together::{Together, Trip};
 use crate::error::{Error, ErrorKind, Result};
 use crate::protocol::Backoff;
 
@@ -40,6 +44,7 @@ pub(super) struct Link {
     partitions: u16,
     patience: Duration,
     subscribers: Arc<Subscribers>,
+    together: Together,
     current: Mutex<Option<Arc<Live>>>,
     /// Held while connecting, across awaits on purpose: one connects, the others wait for it.
     turn: tokio::sync::Mutex<Turn>,
@@ -74,6 +79,7 @@ impl Link {
             partitions,
             patience,
             subscribers,
+            together: Together::default(),
             current: Mutex::new(None),
             turn: tokio::sync::Mutex::new(Turn { not_before: Instant::now(), previous: None }),
             last_error: Mutex::new(None),
@@ -84,6 +90,54 @@ impl Link {
     /// Runs a script.
     pub(super) async fn call(&self, operation: &'static str, call: &Call) -> Result<Value> {
         self.send(operation, call.by_hash(), || Some(call.by_text())).await
+    }
+
+    /// Runs an operation: together with others if there is a crowd, else by itself.
+    pub(super) async fn share(
+        &self,
+        operation: &'static str,
+        share: impl FnOnce() -> Option<Share>,
+        alone: impl FnOnce() -> Call,
+    ) -> Result<Value> {
+        let (_under_way, crowded) = self.together.enter();
+        if crowded
+            && let Some(live) = self.current()
+            && let Some(share) = share()
+        {
+            let answer = self.together.join(share);
+            let answer = live.answer(async { answer.await.map_err(|_| lost_connection()) }).await;
+            if let Some(value) = answer.ok().filter(|value| *value != Value::Int(0)) {
+                return Ok(value);
+            }
+        }
+        self.call(operation, &alone()).await
+    }
+
+    /// Sends what is to travel together. Runs until it is dropped.
+    pub(super) async fn carry(self: Arc<Self>) {
+        let mut trips = FuturesUnordered::new();
+        loop {
+            while let Some((call, trip)) = self.together.depart() {
+                trips.push(self.travel(call, trip));
+            }
+            tokio::select! {
+                () = self.together.changed() => {}
+                Some(()) = trips.next(), if !trips.is_empty() => {}
+            }
+        }
+    }
+
+    async fn travel(&self, call: Call, trip: Trip<'_>) {
+        let Some(live) = self.current() else { return };
+        let answer = match live.send(&call.by_hash()).await {
+            Err(error) if remedy(&error) == Remedy::SendText => live.send(&call.by_text()).await,
+            answer => answer,
+        };
+        match answer {
+            Ok(values) => trip.arrive(values),
+            Err(error) if remedy(&error) == Remedy::Reconnect => live.retired.cancel(),
+            Err(_) => {}
+        }
     }
 
     /// Sends one command.
@@ -262,7 +316,7 @@ impl Live {
             biased;
             answer = answer => answer,
             () = self.retired.cancelled() => {
-                Err(std::io::Error::from(std::io::ErrorKind::NotConnected).into())
+                Err(lost_connection())
             }
         };
         call.answered = true;
@@ -324,6 +378,10 @@ impl Patience {
         sleep(delay).await;
         true
     }
+}
+
+fn lost_connection() -> RedisError {
+    std::io::Error::from(std::io::ErrorKind::NotConnected).into()
 }
 
 fn no_answer(operation: &'static str) -> Error {

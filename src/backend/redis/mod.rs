@@ -10,7 +10,7 @@
 //!
 //! | key | type | what |
 //! |---|---|---|
-//! | `t` | string | token counter; the only key that never expires, with `palisade:partitions` |
+//! | `t` | string | token counter, and while there are tombstones `!` and until when; the only key that never expires, with `palisade:partitions` |
 //! | `k:<key>` | string | head: who holds the key. Where it is missing, nobody holds it or waits |
 //! | `h:<key>` | hash | shared holders of several owners: owner → token and entries |
 //! | `d:<key>` | sorted set | deadlines of those entries |
@@ -31,6 +31,12 @@
 //! simply expire, or whoever comes next would jump the line; so it has explicit deadlines, and a
 //! TTL beyond them. A thousand readers in one string would cost milliseconds for each that comes
 //! and goes; in a hash and a sorted set the cost is that of one.
+//!
+//! # What costs what
+//! A call of Redis within a script costs more than all of the Lua around it. So acquire has one for
+//! the clock, one that writes the counter and reads what it was, and one for each key; it looks for a
+//! tombstone only where the counter is marked. Release has two, whatever the number of keys. With
+//! more than sixteen operations under way, those that meet nobody share a call.
 //!
 //! # Why places in line come from the token counter
 //! They have to grow whatever the clock does. The counter grows.
@@ -57,6 +63,7 @@ mod reply;
 mod request;
 mod script;
 mod subscribers;
+mod together;
 
 use std::fmt;
 use std::sync::Arc;
@@ -72,6 +79,7 @@ use crate::protocol::{Acquire, Acquired, Inspection, Part, Released, Renewal, Re
 use crate::types::{ClientId, Partition, ResourceKey};
 
 use link::Link;
+use request::Share;
 use subscribers::Subscribers;
 
 /// How [`RedisBackend`] uses its server.
@@ -122,7 +130,7 @@ pub struct RedisBackend {
     partitions: u16,
     link: Arc<Link>,
     subscribers: Arc<Subscribers>,
-    keeper: JoinHandle<()>,
+    keeper: JoinHandle<((), ())>,
 }
 
 impl RedisBackend {
@@ -152,7 +160,8 @@ impl RedisBackend {
         let link = Link::new(client, partitions, reconnect_for, Arc::clone(&subscribers));
         let link = Arc::new(link);
         link.command("connect", redis::cmd("PING")).await?;
-        let keeper = tokio::spawn(Arc::clone(&link).keep());
+        let (kept, carried) = (Arc::clone(&link), Arc::clone(&link));
+        let keeper = tokio::spawn(async move { tokio::join!(kept.keep(), carried.carry()) });
         Ok(Self { partitions, link, subscribers, keeper })
     }
 
@@ -202,7 +211,8 @@ impl LockBackend for RedisBackend {
 
     async fn acquire(&self, ask: &Acquire) -> Result<Acquired> {
         self.check("acquire", ask.part.partition)?;
-        let answer = self.link.call("acquire", &request::acquire(ask)).await?;
+        let (share, alone) = (|| Share::acquire(ask), || request::acquire(ask));
+        let answer = self.link.share("acquire", share, alone).await?;
         reply::acquired(&answer, &ask.part)
     }
 
@@ -218,7 +228,8 @@ impl LockBackend for RedisBackend {
 
     async fn release(&self, part: &Part) -> Result<Released> {
         self.check("release", part.partition)?;
-        let answer = self.link.call("release", &request::release(part)).await?;
+        let (share, alone) = (|| Some(Share::release(part)), || request::release(part));
+        let answer = self.link.share("release", share, alone).await?;
         reply::released(&answer)
     }
 

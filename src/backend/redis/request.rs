@@ -1,8 +1,9 @@
 //! How operations are written for the scripts: names of keys, ids, arguments.
 
+use std::fmt;
 use std::time::Duration;
 
-use super::script::{ACQUIRE, CANCEL, Call, INSPECT, RELEASE, RENEW};
+use super::script::{ACQUIRE, CANCEL, Call, INSPECT, RELEASE, RENEW, TOGETHER, Words};
 use crate::protocol::{Acquire, Part, Renewal, Standing, TOMBSTONE};
 use crate::types::{ClientId, Mode, OwnerId, Partition, RequestId, ResourceKey, Want};
 
@@ -16,18 +17,20 @@ const RENEWALS: usize = 100;
 const RENEWED_KEYS: usize = 4_000;
 
 pub(super) fn acquire(ask: &Acquire) -> Call {
-    let id = id(ask.part.owner, ask.part.request);
     let prefix = prefix(ask.part.partition);
-    let mut keys = vec![format!("{prefix}t"), format!("{prefix}x:{id}")];
-    keys.extend(heads(&prefix, &ask.part.wants));
-    let mut args = vec![
-        id,
-        ask.lease.as_millis().to_string(),
-        modes(&ask.part.wants),
-        ask.floor.map_or(0, |floor| floor.get()).to_string(),
-        slow_way(ask),
-    ];
-    args.extend(ask.metadata.clone());
+    let mut keys = Words::default();
+    keys.push(&[&prefix, "t"]);
+    push_heads(&mut keys, &prefix, &ask.part.wants);
+    let mut args = Words::default();
+    args.reserve(6, 160);
+    args.write(id(&ask.part));
+    args.write(ask.lease.as_millis());
+    args.push(&[&modes(&ask.part.wants)]);
+    args.write(ask.floor.map_or(0, |floor| floor.get()));
+    args.push(&[&slow_way(ask)]);
+    if let Some(metadata) = &ask.metadata {
+        args.push(&[metadata]);
+    }
     Call::new(&ACQUIRE, keys, args)
 }
 
@@ -62,41 +65,109 @@ pub(super) fn renew(partition: Partition, renewals: &[Renewal]) -> Vec<(Call, &[
         });
         // One request has fewer keys than the limit, so at least one fits.
         let (now, later) = rest.split_at(fit.count().max(1).min(rest.len()));
-        let keys = now.iter().flat_map(|renewal| heads(&prefix, &renewal.part.wants)).collect();
-        let args = now.iter().flat_map(renewal_args).collect();
+        let (mut keys, mut args) = (Words::default(), Words::default());
+        for renewal in now {
+            push_heads(&mut keys, &prefix, &renewal.part.wants);
+            push_renewal(&mut args, renewal);
+        }
         calls.push((Call::new(&RENEW, keys, args), now));
         rest = later;
     }
     calls
 }
 
-fn renewal_args(renewal: &Renewal) -> [String; 5] {
-    [
-        id(renewal.part.owner, renewal.part.request),
-        modes(&renewal.part.wants),
-        renewal.part.wants.len().to_string(),
-        renewal.lease.as_millis().to_string(),
-        u8::from(renewal.waiting).to_string(),
-    ]
+fn push_renewal(args: &mut Words, renewal: &Renewal) {
+    args.write(id(&renewal.part));
+    args.push(&[&modes(&renewal.part.wants)]);
+    args.write(renewal.part.wants.len());
+    args.write(renewal.lease.as_millis());
+    args.write(u8::from(renewal.waiting));
 }
 
 pub(super) fn release(part: &Part) -> Call {
-    let keys = heads(&prefix(part.partition), &part.wants).collect();
-    Call::new(&RELEASE, keys, vec![id(part.owner, part.request), modes(&part.wants)])
+    let (mut keys, mut args) = (Words::default(), Words::default());
+    push_heads(&mut keys, &prefix(part.partition), &part.wants);
+    args.write(id(part));
+    args.push(&[&modes(&part.wants)]);
+    Call::new(&RELEASE, keys, args)
+}
+
+/// An operation as a part of a call that it shares with others.
+pub(super) struct Share {
+    partition: Partition,
+    heads: Words,
+    args: Words,
+    acquires: bool,
+}
+
+impl Share {
+    /// Nothing for a request with metadata: the shared call has only the commonest way.
+    pub(super) fn acquire(ask: &Acquire) -> Option<Self> {
+        let Acquire { part, metadata, .. } = ask;
+        let mut share = Self { acquires: true, ..Self::release(part) };
+        share.args.write(ask.floor.map_or(0, |floor| floor.get()));
+        share.args.write(ask.lease.as_millis());
+        metadata.is_none().then_some(share)
+    }
+
+    pub(super) fn release(part: &Part) -> Self {
+        let (mut heads, mut args) = (Words::default(), Words::default());
+        push_heads(&mut heads, &prefix(part.partition), &part.wants);
+        args.reserve(5, 80);
+        args.write(id(part));
+        args.push(&[&modes(&part.wants)]);
+        args.write(part.wants.len());
+        Self { partition: part.partition, heads, args, acquires: false }
+    }
+
+    pub(super) fn partition(&self) -> Partition {
+        self.partition
+    }
+
+    pub(super) fn keys(&self) -> usize {
+        self.heads.len()
+    }
+
+    pub(super) fn acquires(&self) -> bool {
+        self.acquires
+    }
+}
+
+/// One call for shares of one partition, releases before acquires.
+pub(super) fn together(shares: Vec<Share>) -> Call {
+    let partition = shares.first().map_or(Partition(0), Share::partition);
+    let releases = shares.iter().filter(|share| !share.acquires);
+    let released: usize = releases.clone().map(Share::keys).sum();
+    let (mut keys, mut args) = (Words::default(), Words::default());
+    args.write(releases.count());
+    args.write(released);
+    keys.push(&[&prefix(partition), "t"]);
+    for share in shares {
+        keys.append(&share.heads);
+        args.append(&share.args);
+    }
+    Call::new(&TOGETHER, keys, args)
 }
 
 pub(super) fn cancel(part: &Part) -> Call {
-    let (id, prefix) = (id(part.owner, part.request), prefix(part.partition));
-    let mut keys = vec![format!("{prefix}x:{id}")];
-    keys.extend(heads(&prefix, &part.wants));
-    Call::new(&CANCEL, keys, vec![id, TOMBSTONE.as_millis().to_string()])
+    let (id, prefix) = (id(part).to_string(), prefix(part.partition));
+    let (mut keys, mut args) = (Words::default(), Words::default());
+    keys.push(&[&prefix, "x:", &id]);
+    push_heads(&mut keys, &prefix, &part.wants);
+    args.push(&[&id]);
+    args.write(TOMBSTONE.as_millis());
+    Call::new(&CANCEL, keys, args)
 }
 
 pub(super) fn inspect(partition: Partition, key: &ResourceKey) -> Call {
     let prefix = prefix(partition);
-    let mut keys: Vec<_> = ['k', 'q', 'h', 'd'].map(|of| format!("{prefix}{of}:{key}")).into();
-    keys.extend([format!("{prefix}w"), format!("{prefix}e")]);
-    Call::new(&INSPECT, keys, Vec::new())
+    let mut keys = Words::default();
+    for of in ["k:", "q:", "h:", "d:"] {
+        keys.push(&[&prefix, of, key.as_str()]);
+    }
+    keys.push(&[&prefix, "w"]);
+    keys.push(&[&prefix, "e"]);
+    Call::new(&INSPECT, keys, Words::default())
 }
 
 /// The channel on which a client hears of its grants.
@@ -112,8 +183,9 @@ pub(super) fn resource(redis_key: &str) -> Option<ResourceKey> {
 }
 
 /// Owner and request: 48 hexadecimal digits.
-fn id(owner: OwnerId, request: RequestId) -> String {
-    format!("{}{request}", owner.as_uuid().simple())
+fn id(part: &Part) -> impl fmt::Display {
+    let (owner, request) = (part.owner.as_uuid().simple(), part.request);
+    fmt::from_fn(move |f| write!(f, "{owner}{request}"))
 }
 
 /// The inverse of [`id`].
@@ -127,8 +199,12 @@ fn prefix(partition: Partition) -> String {
     format!("palisade:{{{partition}}}:")
 }
 
-fn heads(prefix: &str, wants: &[Want]) -> impl Iterator<Item = String> {
-    wants.iter().map(move |want| format!("{prefix}k:{}", want.key))
+fn push_heads(keys: &mut Words, prefix: &str, wants: &[Want]) {
+    let bytes: usize = wants.iter().map(|want| prefix.len() + 2 + want.key.as_str().len()).sum();
+    keys.reserve(wants.len(), bytes);
+    for want in wants {
+        keys.push(&[prefix, "k:", want.key.as_str()]);
+    }
 }
 
 /// `x` or `s` for all keys, or one of them for each.
@@ -158,7 +234,8 @@ mod tests {
     fn an_id_reads_as_it_was_written() {
         let owner = OwnerId::new(ClientId::random());
         let request = RequestId::next();
-        assert_eq!(parse_id(&id(owner, request)), Some((owner, request)));
+        let part = Part { partition: Partition(0), owner, request, wants: Vec::new() };
+        assert_eq!(parse_id(&id(&part).to_string()), Some((owner, request)));
         for bad in ["", "12", &"g".repeat(48), &"0".repeat(47), &"0".repeat(49)] {
             assert_eq!(parse_id(bad), None, "{bad}");
         }

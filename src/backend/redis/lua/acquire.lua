@@ -9,7 +9,7 @@ local standing_as, wait, client, limit, refresh, life, claim =
 local fresh = standing_as == 'f'
 local floor = tonumber(ARGV[4])
 local meta = ARGV[6]
-local wants = wants_of(3, #KEYS - 2, ARGV[3])
+local wants = wants_of(2, #KEYS - 1, modes)
 
 local function foreign()
   for _, w in ipairs(wants) do
@@ -19,14 +19,14 @@ local function foreign()
 end
 
 -- Nothing is written before all of this is seen to be ours.
-for i, w in ipairs(wants) do own(load(w.name, v[i + 2]), owner) end
+for i, w in ipairs(wants) do own(load(w.name, v[i]), owner) end
 local refused = foreign()
 if refused then return refused end
 if not bury() then return {'corrupt', corrupt} end
 
 for _, w in ipairs(wants) do slot(w.name) end
 promote()
-if v[2] then return save({'cancelled'}) end
+if cancelled then return save({'cancelled'}) end
 local n, tokens = held(owner, r, wants)
 if n == #wants then
   -- Whoever asks again counts a whole lease from its first asking. If the first copy was queued and

@@ -1,6 +1,6 @@
 -- Asks for all keys of a set: the way that is taken when nobody is in the way.
 --
--- KEYS: 1 token counter, 2 tombstone of the request, 3.. heads, in the order of the wants
+-- KEYS: 1 token counter, 2.. heads, in the order of the wants
 -- ARGV: 1 owner and request, 2 lease in ms, 3 modes: x or s, one for all keys or one each,
 --       4 floor (0 = none), 5 what only the slow way needs, 6 metadata (missing = none)
 -- Returns: a token, which all keys got, or an array:
@@ -8,46 +8,48 @@
 --       busy, index of the want, 1 if somebody waits, owners... | upgrade, index | limit, index |
 --       cancelled | corrupt, Redis key
 --
--- One MGET reads everything that could be in the way, the tombstone included, so that a late copy
--- of a cancelled request costs no call of its own. MGET shows a value of a foreign type as missing:
--- EXISTS and NX keep it from being overwritten. The counter is checked before the first write.
+-- Every call costs more than all of the Lua around it, so there are as few as can be: the token is
+-- the clock unless the counter is ahead of it, so the counter is written and read in one call, and
+-- put back if it is not ours. One that cancel.lua has marked says that there are tombstones. What
+-- is refused may leave the counter higher, though not by its floor: tokens only have to grow.
 -- Refused by Redis as a whole when memory is full: the script has no allow-oom flag.
 local call = redis.call
-local v = call('MGET', unpack(KEYS))
+local id, lease, modes = ARGV[1], ARGV[2], ARGV[3]
 local t = call('TIME')
 local now = t[1] * 1000000 + t[2]
-local count = 0
-if v[1] then
-  if #v[1] > 16 or not string.find(v[1], '^%d+$') then return {'corrupt', KEYS[1]} end
-  count = tonumber(v[1])
-elseif call('EXISTS', KEYS[1]) == 1 then
-  return {'corrupt', KEYS[1]}
-end
-local token = math.max(count + 1, ARGV[4] + 1, now)
-if token > now + 86400000000 or token >= 9007199254740992 then return {'corrupt', KEYS[1]} end
-local free = not v[2]
-local last = #KEYS
-for i = 3, last do
-  if v[i] then
-    free = false
-    break
-  end
-end
-if free then
-  local modes = ARGV[6] and string.upper(ARGV[3]) or ARGV[3]
-  local tail = ARGV[1] .. ':' .. string.format('%.0f', token)
-  local value = #modes == 1 and '-' .. modes .. tail
-  for i = 3, last do
-    local head = value or '-' .. string.sub(modes, i - 2, i - 2) .. tail
-    if not call('SET', KEYS[i], head, 'NX', 'PX', ARGV[2]) then
-      if i > 3 then call('DEL', unpack(KEYS, 3, i - 1)) end
-      return {'corrupt', KEYS[i]}
+local last = now + 86400000000
+local token = now -- the floor of a request is taken in where it is granted
+local stamp = string.format('%d', token)
+local old = redis.pcall('SET', KEYS[1], stamp, 'KEEPTTL', 'GET')
+local count, mark = 0, ''
+local good = true
+if old then
+  local n, m = string.match(type(old) == 'string' and old or '', '^(%d+)(!?%d*)$')
+  good = n and #n < 17
+  if good then
+    count, mark = tonumber(n), m
+    if (tonumber(string.sub(m, 2)) or 0) < now then mark = '' end
+    if count >= token or mark ~= '' then
+      token = math.max(now, count + 1)
+      good = token <= last and token < 9007199254740992
+      stamp = string.format('%d', token)
+      if good then call('SET', KEYS[1], stamp .. mark) end
     end
   end
-  call('SET', KEYS[1], string.format('%.0f', token))
-  if ARGV[6] then
-    local key = string.match(KEYS[1], '^palisade:{%d+}:') .. 'm:' .. ARGV[1]
-    call('SET', key, ARGV[6], 'PX', ARGV[2] + 30000)
-  end
-  return token
+  if not good and type(old) == 'string' then call('SET', KEYS[1], old, 'KEEPTTL') end
 end
+if not good then return {'corrupt', KEYS[1]} end
+count = token
+
+local prefix = string.match(KEYS[1], '^palisade:{%d+}:')
+local cancelled = mark ~= '' and call('EXISTS', prefix .. 'x:' .. id) == 1
+if not cancelled and ARGV[4] + 0 < token then
+  local modes = ARGV[6] and string.upper(modes) or modes
+  local from, to = 2, #KEYS
+-- include take.lua
+  if taken then
+    if ARGV[6] then call('SET', prefix .. 'm:' .. id, ARGV[6], 'PX', lease + 30000) end
+    return token
+  end
+end
+local v = call('MGET', unpack(KEYS, 2))

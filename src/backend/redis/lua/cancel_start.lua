@@ -2,4 +2,4 @@
 local call = redis.call
 local t = call('TIME')
 local now = t[1] * 1000000 + t[2]
-local count
+local count, mark

@@ -10,27 +10,21 @@
 local call = redis.call
 local v = call('MGET', unpack(KEYS))
 local out, slow = {}, {}
-local at = 1
+local from = 1
 for a = 1, #ARGV, 5 do
-  local modes, n = ARGV[a + 1], tonumber(ARGV[a + 2])
-  local mine = ARGV[a + 4] == '0'
-  for i = at, mine and at + n - 1 or 0 do
-    local m = #modes == 1 and modes or string.sub(modes, i - at + 1, i - at + 1)
-    if not v[i] or string.sub(v[i], 1, 51) ~= '-' .. m .. ARGV[a] .. ':' then
-      mine = false
-      break
-    end
-  end
+  local id, modes, n = ARGV[a], ARGV[a + 1], tonumber(ARGV[a + 2])
+  local to = from + n - 1
+-- include mine.lua
   local index = (a + 4) / 5
-  if mine then
-    for i = at, at + n - 1 do call('PEXPIRE', KEYS[i], ARGV[a + 3], 'GT') end
+  if mine and ARGV[a + 4] == '0' then
+    for i = from, to do call('PEXPIRE', KEYS[i], ARGV[a + 3], 'GT') end
     out[index] = 1
   else
-    slow[#slow + 1] = {index = index, a = a, at = at, n = n}
+    slow[#slow + 1] = {index = index, a = a, at = from, n = n}
   end
-  at = at + n
+  from = to + 1
 end
 if #slow == 0 then return out end
 local t = call('TIME')
 local now = t[1] * 1000000 + t[2]
-local count
+local count, mark

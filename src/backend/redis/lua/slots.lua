@@ -4,8 +4,9 @@
 -- Returns: nothing; it defines what line.lua and the script's own part use
 --
 -- Stands between the fast way of a script and its slow way, so that a call that meets nobody never
--- pays for it. Expects: call = redis.call; now = the clock in µs, read once; count = the number in
--- the token counter where it was read already, else nil. The layout, and why: docs of redis/mod.rs.
+-- pays for it. Expects: call = redis.call; now = the clock in µs, read once; count, mark = the
+-- number in the token counter and what follows it, where it was read already, else nil. The layout,
+-- and why: docs of redis/mod.rs.
 --
 -- Every script loads and checks, decides, writes, and saves last. Reads of what could be foreign go
 -- through pcall; after a slot is loaded, no later call on its keys can fail.
@@ -19,7 +20,7 @@ local slots, order = {}, {} -- by name, and in the order in which they were load
 local dirty = {} -- names of keys at which something got weaker
 local corrupt -- the Redis key that holds something foreign
 
-local function text(number) return string.format('%.0f', number) end
+local function text(number) return string.format('%d', number) end
 
 -- A TTL is only ever made longer, also that of a key which has none.
 local function extend(key, ms)
@@ -30,11 +31,12 @@ end
 local function next_token(floor)
   if not count then
     local v = try('GET', P .. 't') or '0'
-    if type(v) == 'table' or #v > 16 or not string.find(v, '^%d+$') then
+    local n, m = match(type(v) == 'string' and v or '', '^(%d+)(!?%d*)$')
+    if not n or #n > 16 then
       corrupt = P .. 't'
       return nil
     end
-    count = tonumber(v)
+    count, mark = tonumber(n), m
   end
   local token = math.max(count + 1, floor + 1, now)
   if token > now + 86400000000 or token >= 9007199254740992 then
@@ -47,7 +49,7 @@ end
 -- The counter is written before what it was read for: a token is never given out twice.
 local function take(token)
   count = token
-  call('SET', P .. 't', text(token))
+  call('SET', P .. 't', text(token) .. mark)
 end
 
 -- Reads `;` mode request `:` number, repeated. Nil when there is anything else.
