@@ -10,7 +10,7 @@
 //!
 //! | key | type | what |
 //! |---|---|---|
-//! | `t` | string | token counter, and while there are tombstones `!` and until when; the only key that never expires, with `palisade:partitions` |
+//! | `t` | string | token counter, and `!` and until when while there are tombstones; it never expires |
 //! | `k:<key>` | string | head: who holds the key. Where it is missing, nobody holds it or waits |
 //! | `h:<key>` | hash | shared holders of several owners: owner → token and entries |
 //! | `d:<key>` | sorted set | deadlines of those entries |
@@ -33,10 +33,10 @@
 //! and goes; in a hash and a sorted set the cost is that of one.
 //!
 //! # What costs what
-//! A call of Redis within a script costs more than all of the Lua around it. So acquire has one for
-//! the clock, one that writes the counter and reads what it was, and one for each key; it looks for a
-//! tombstone only where the counter is marked. Release has two, whatever the number of keys. With
-//! more than sixteen operations under way, those that meet nobody share a call.
+//! A call of Redis within a script costs more than all of the Lua around it. So acquire has one
+//! for the clock, one that writes the counter and reads what it was, and one for each key; it looks
+//! for a tombstone only where the counter is marked. Release has two, whatever the number of keys.
+//! With more than sixteen operations under way, those that meet nobody share a call.
 //!
 //! # Why places in line come from the token counter
 //! They have to grow whatever the clock does. The counter grows.
