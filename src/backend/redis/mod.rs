@@ -10,7 +10,7 @@
 //!
 //! | key | type | what |
 //! |---|---|---|
-//! | `t` | string | token counter, and `!` and until when while there are tombstones; it never expires |
+//! | `t` | string | token counter, and `!` and until when while there are tombstones; has no TTL |
 //! | `k:<key>` | string | head: who holds the key. Where it is missing, nobody holds it or waits |
 //! | `h:<key>` | hash | shared holders of several owners: owner → token and entries |
 //! | `d:<key>` | sorted set | deadlines of those entries |
