@@ -30,8 +30,7 @@ pub struct BareLocks {
 /// Who holds the keys, and the token.
 pub struct BareGrant {
     owner: String,
-    #[expect(dead_code, reason = "drawn and sent, but no store checks it here")]
-    token: i64,
+    pub token: i64,
 }
 
 impl BareLocks {

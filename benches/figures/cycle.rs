@@ -10,7 +10,7 @@ use crate::bare::BareLocks;
 use crate::pairs::{Pairs, alternate};
 use crate::report::{Figure, Goal};
 use crate::support::RedisServer;
-use crate::window::{Window, repeat};
+use crate::window::{Window, steady};
 use crate::{Bench, current_thread, multi_thread};
 
 const KEYS: [usize; 4] = [1, 4, 16, 64];
@@ -41,7 +41,7 @@ pub fn run(bench: &mut Bench) {
 }
 
 fn measure(bench: &Bench, runtime: &str, tokio: Runtime) -> Vec<Point> {
-    let window = bench.window(120, 700);
+    let window = bench.window(100, 600);
     let server = RedisServer::start();
     tokio.block_on(async {
         let locks = palisade::connect(&server.url()).await.expect("a lock service");
@@ -84,7 +84,7 @@ async fn cycle_ours(
             }
         }
     };
-    repeat(server, window, sets.iter().map(step).collect()).await
+    steady(server, window, sets.iter().map(step).collect()).await
 }
 
 async fn cycle_bare(
@@ -103,7 +103,7 @@ async fn cycle_bare(
             }
         }
     };
-    repeat(server, window, sets.iter().map(step).collect()).await
+    steady(server, window, sets.iter().map(step).collect()).await
 }
 
 impl Point {

@@ -6,12 +6,16 @@
 
 mod bare;
 mod cycle;
+mod handover;
+mod heap;
+mod leases;
 mod machine;
 mod pairs;
 mod report;
 #[allow(dead_code, unused_imports, reason = "made for the tests, which use all of it")]
 #[path = "../../tests/it/support/mod.rs"]
 mod support;
+mod transfer;
 mod window;
 
 use std::time::{Duration, Instant};
@@ -24,7 +28,14 @@ use report::Report;
 /// A group of figures that are measured together.
 type Group = (&'static [&'static str], fn(&mut Bench));
 
-const GROUPS: &[Group] = &[(&["cycle_ratio", "cycle_cpu_us"], cycle::run)];
+const GROUPS: &[Group] = &[
+    (&["cycle_ratio", "cycle_cpu_us"], cycle::run),
+    (&["handover_ratio", "handover_fairness", "handover_commands"], handover::run),
+    (&["local_handover_ratio"], handover::run_local),
+    (&["idle_commands"], leases::run_idle),
+    (&["renew_commands_per_s", "renew_lost", "renew_cpu_us", "lease_bytes"], leases::run_renewal),
+    (&["pg_transfer_ratio", "pg_plain_ratio"], transfer::run),
+];
 
 /// Measures what palisade costs and prints a table.
 #[derive(Parser)]

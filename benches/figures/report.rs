@@ -67,16 +67,19 @@ impl Figure {
         self
     }
 
+    /// Judged by what is shown: more digits would be noise.
     fn is_met(&self) -> Option<bool> {
-        self.goal.map(|goal| goal.is_met(self.value.median))
+        let shown: f64 = short(self.value.median).parse().expect("a number");
+        self.goal.map(|goal| goal.is_met(shown))
     }
 
-    /// `16 keys, 64 tasks, current_thread`
+    /// `1 key, 64 tasks, current_thread`; `10000 leases, lease 10 s`
     fn conditions(&self) -> String {
-        let text = |(what, value): &(&str, Value)| match value {
-            Value::String(text) => text.clone(),
-            one if *one == json!(1) => format!("1 {}", what.trim_end_matches('s')),
-            number => format!("{number} {what}"),
+        let text = |(what, value): &(&str, Value)| match (value, what.strip_suffix("_s")) {
+            (Value::String(text), _) => text.clone(),
+            (number, Some(what)) => format!("{what} {number} s"),
+            (number, _) if *number == json!(1) => format!("1 {}", what.trim_end_matches('s')),
+            (number, _) => format!("{number} {what}"),
         };
         self.conditions.iter().map(text).collect::<Vec<_>>().join(", ")
     }
@@ -193,6 +196,7 @@ impl Report {
 /// As many digits as a reader wants.
 fn short(value: f64) -> String {
     let digits = match value.abs() {
+        0.0 => 0,
         size if size >= 100.0 => 0,
         size if size >= 10.0 => 1,
         size if size >= 1.0 => 2,

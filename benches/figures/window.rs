@@ -1,9 +1,12 @@
 //! One side at work for a while, and what that took.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::time::{ClockId, clock_gettime};
 use tokio::task::JoinSet;
+use tokio::time::sleep;
 
 use crate::support::RedisServer;
 
@@ -18,6 +21,9 @@ pub struct Window {
     pub server_us: f64,
     /// Commands that clients sent to the server, not those that scripts ran there.
     pub sent: f64,
+    /// What the task did that did least, and that number by that of the one that did most.
+    pub fewest: f64,
+    pub fairness: f64,
 }
 
 impl Window {
@@ -38,55 +44,74 @@ impl Window {
     }
 }
 
-/// Reads the clocks and counters around a window.
-pub struct Meter<'a> {
-    server: &'a RedisServer,
+/// What clocks and counters showed at one moment.
+pub struct Reading {
     server_us: f64,
     sent: f64,
     client_us: f64,
-    start: Instant,
+    at: Instant,
+    done: u64,
 }
 
-impl<'a> Meter<'a> {
-    pub fn start(server: &'a RedisServer) -> Self {
+impl Reading {
+    /// The server is asked first, at the start of a window and at its end, so that what happens
+    /// meanwhile is left out here and taken in there.
+    pub fn take(server: &RedisServer, done: impl FnOnce() -> u64) -> Self {
         let (server_us, sent) = ask(server);
-        Self { server, server_us, sent, client_us: client_us(), start: Instant::now() }
+        Self { server_us, sent, client_us: client_us(), at: Instant::now(), done: done() }
     }
 
-    pub fn stop(self, done: u64) -> Window {
-        let (seconds, client_us) = (self.start.elapsed().as_secs_f64(), client_us());
-        let (server_us, sent) = ask(self.server);
+    /// What happened since.
+    pub fn since(self, start: &Self) -> Window {
         Window {
-            done: done as f64,
-            seconds,
-            client_us: client_us - self.client_us,
-            server_us: server_us - self.server_us,
-            sent: sent - self.sent,
+            done: (self.done - start.done) as f64,
+            seconds: (self.at - start.at).as_secs_f64(),
+            client_us: self.client_us - start.client_us,
+            server_us: self.server_us - start.server_us,
+            sent: self.sent - start.sent,
+            fewest: 0.0,
+            fairness: 0.0,
         }
     }
 }
 
-/// Each of `steps` is repeated by a task of its own until the window closes.
-pub async fn repeat<F, Fut>(server: &RedisServer, window: Duration, steps: Vec<F>) -> Window
+/// Each of `steps` is repeated by a task of its own. The window opens when all are under way and
+/// closes before the first one stops, so neither start nor end is in the figures.
+pub async fn steady<F, Fut>(server: &RedisServer, window: Duration, steps: Vec<F>) -> Window
 where
     F: Fn() -> Fut + Send + 'static,
     Fut: Future<Output = ()> + Send,
 {
-    let meter = Meter::start(server);
-    let until = Instant::now() + window;
+    let done: Arc<[AtomicU64]> = steps.iter().map(|_| AtomicU64::new(0)).collect();
+    let over = Arc::new(AtomicBool::new(false));
     let mut tasks = JoinSet::new();
-    for step in steps {
+    for (task, step) in steps.into_iter().enumerate() {
+        let (done, over) = (Arc::clone(&done), Arc::clone(&over));
         tasks.spawn(async move {
-            let mut done = 0;
-            while Instant::now() < until {
+            while !over.load(Ordering::Relaxed) {
                 step().await;
-                done += 1;
+                done[task].fetch_add(1, Ordering::Relaxed);
             }
-            done
         });
     }
-    let done: Vec<u64> = tasks.join_all().await;
-    meter.stop(done.iter().sum())
+    let count = || done.iter().map(|done| done.load(Ordering::Relaxed)).collect::<Vec<u64>>();
+    let (mut before, mut after) = (Vec::new(), Vec::new());
+    let read = |counts: &mut Vec<u64>| {
+        Reading::take(server, || {
+            *counts = count();
+            counts.iter().sum()
+        })
+    };
+    sleep(window / 5).await;
+    let start = read(&mut before);
+    sleep(window).await;
+    let measured = read(&mut after).since(&start);
+    let each: Vec<u64> = after.iter().zip(before).map(|(after, before)| after - before).collect();
+    over.store(true, Ordering::Relaxed);
+    tasks.join_all().await;
+    let (fewest, most) = (each.iter().min().copied(), each.iter().max().copied());
+    let fairness = fewest.unwrap_or(0) as f64 / most.unwrap_or(0).max(1) as f64;
+    Window { fewest: fewest.unwrap_or(0) as f64, fairness, ..measured }
 }
 
 /// CPU time of all threads of this process: what `getrusage` reports, to the nanosecond.
