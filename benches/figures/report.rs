@@ -130,6 +130,11 @@ impl Report {
         self.working.set_message(what);
     }
 
+    /// Says what must be known to read the figures that follow.
+    pub fn note(&mut self, text: &str) {
+        self.working.suspend(|| println!("{text}"));
+    }
+
     pub fn add(&mut self, figures: impl IntoIterator<Item = Figure>) {
         for figure in figures {
             writeln!(self.summary, "{}", figure.json()).expect("the summary can be written");

@@ -21,7 +21,7 @@ use crate::{Bench, multi_thread};
 const TASKS: [u32; 2] = [8, 32];
 
 /// So many that hardly anybody ever waits for anybody.
-const ACCOUNTS: i32 = 4_000;
+const ACCOUNTS: u32 = 4_000;
 const OPENING: i64 = 1_000_000;
 
 const TABLES: &str = include_str!("sql/tables.sql");
@@ -50,6 +50,7 @@ pub fn run(bench: &mut Bench) {
             bank.close().await;
         }
     });
+    bench.report.note(&conditions(&postgres));
     let figure = |name, goal| {
         move |(tasks, pairs): &(u32, Pairs)| {
             Figure::new(name, pairs.ratio())
@@ -63,6 +64,17 @@ pub fn run(bench: &mut Bench) {
     };
     bench.report.add(transfers.iter().map(figure("pg_transfer_ratio", 0.9)));
     bench.report.add(plains.iter().map(figure("pg_plain_ratio", 0.6)));
+}
+
+/// What the database was told, and what every way was given.
+fn conditions(postgres: &PostgresServer) -> String {
+    let show = |setting: &str| postgres.execute(&format!("SHOW {setting}"));
+    format!(
+        "PostgreSQL {}, fsync {}, synchronous_commit {}; {ACCOUNTS} accounts, a connection a task",
+        show("server_version"),
+        show("fsync"),
+        show("synchronous_commit"),
+    )
 }
 
 /// Everything that the three ways need.
@@ -81,7 +93,7 @@ impl Bank {
         let store = SqlStore::new("bank", pool.clone());
         store.migrate().await.expect("palisade's tables");
         sqlx::raw_sql(TABLES).execute(&pool).await.expect("the bank's tables");
-        let opening = sqlx::query(OPEN).bind(ACCOUNTS).bind(OPENING);
+        let opening = sqlx::query(OPEN).bind(i64::from(ACCOUNTS)).bind(OPENING);
         opening.execute(&pool).await.expect("the accounts");
         let locks = palisade::connect(&redis.url()).await.expect("a lock service");
         let coordinator = Coordinator::builder(locks).store(&store).build();
@@ -101,8 +113,8 @@ impl Bank {
 type Keys = [String; 2];
 
 fn any_two() -> Keys {
-    let first = fastrand::i32(..ACCOUNTS);
-    let second = (first + fastrand::i32(1..ACCOUNTS)) % ACCOUNTS;
+    let first = fastrand::u32(..ACCOUNTS);
+    let second = (first + fastrand::u32(1..ACCOUNTS)) % ACCOUNTS;
     let mut keys = [format!("account:{first}"), format!("account:{second}")];
     keys.sort();
     keys
@@ -113,6 +125,7 @@ macro_rules! transfer {
     ($db:expr, $read:expr, $keys:expr) => {
         let accounts = sqlx::query_as::<_, (String, i64)>($read).bind(&$keys[..]);
         let accounts = accounts.fetch_all($db).await.expect("two accounts");
+        assert_eq!(accounts.len(), 2);
         for ((id, balance), change) in accounts.iter().zip([-1, 1]) {
             let write = sqlx::query(WRITE).bind(id).bind(balance + change);
             assert_eq!(write.execute($db).await.expect("it is written").rows_affected(), 1);
