@@ -22,7 +22,7 @@ const REFRESH: Duration = Duration::from_millis(3_334);
 /// Many leases, renewed for a while.
 pub fn run_renewal(bench: &mut Bench) {
     let server = RedisServer::start();
-    let window = bench.window(10_000, 20_000);
+    let window = bench.window(6_700, 20_000);
     bench.report.measuring(format!("renewal: {LEASES} leases"));
     let figures = multi_thread().block_on(async {
         let locks = palisade::connect(&server.url()).await.expect("a lock service");
@@ -76,7 +76,7 @@ async fn hold(locks: &Locks, what: &'static str, count: usize) -> Vec<LockGuard>
 /// Many waiters whose turn does not come.
 pub fn run_idle(bench: &mut Bench) {
     let server = RedisServer::start();
-    let intervals = if bench.quick { 2 } else { 6 };
+    let intervals = if bench.quick { 1 } else { 6 };
     bench.report.measuring(format!("idle: {WAITERS} waiters"));
     let sent = multi_thread().block_on(async {
         let holder = palisade::connect(&server.url()).await.expect("a lock service");

@@ -18,11 +18,12 @@ mod support;
 mod transfer;
 mod window;
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use clap::Parser;
 use tokio::runtime::{Builder, Runtime};
 
+use machine::Watch;
 use report::Report;
 
 /// A group of figures that are measured together.
@@ -74,13 +75,13 @@ fn main() {
         GROUPS.iter().for_each(|(names, _)| eprintln!("  {}", names.join(", ")));
         std::process::exit(2);
     }
-    let start = Instant::now();
+    let watch = Watch::start();
     let mut bench = Bench { quick, report: Report::open() };
     machine::print(quick);
     for (_, run) in groups {
         run(&mut bench);
     }
-    bench.report.close(start.elapsed());
+    bench.report.close(&watch);
 }
 
 /// What most programs run on; two workers, as on the machine of the published figures.

@@ -8,6 +8,7 @@ use std::time::Duration;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
+use crate::machine::Watch;
 use crate::pairs::Spread;
 
 /// What a figure should reach.
@@ -107,6 +108,7 @@ pub struct Report {
     path: PathBuf,
     working: ProgressBar,
     last: &'static str,
+    note: Option<String>,
     colours: bool,
     /// Of each figure with a goal: how often it was met, and measured.
     tally: Vec<(&'static str, usize, usize)>,
@@ -122,7 +124,7 @@ impl Report {
         working.set_style(ProgressStyle::with_template("{spinner} {msg}").expect("a template"));
         working.enable_steady_tick(Duration::from_millis(200));
         let colours = std::io::stdout().is_terminal();
-        Self { summary, path, working, last: "", colours, tally: Vec::new() }
+        Self { summary, path, working, last: "", note: None, colours, tally: Vec::new() }
     }
 
     /// Says what is being measured, where somebody is looking on.
@@ -131,8 +133,8 @@ impl Report {
     }
 
     /// Says what must be known to read the figures that follow.
-    pub fn note(&mut self, text: &str) {
-        self.working.suspend(|| println!("{text}"));
+    pub fn note(&mut self, text: String) {
+        self.note = Some(text);
     }
 
     pub fn add(&mut self, figures: impl IntoIterator<Item = Figure>) {
@@ -142,7 +144,7 @@ impl Report {
                 self.count(figure.name, met);
             }
             self.working.suspend(|| self.row(&figure));
-            self.last = figure.name;
+            (self.last, self.note) = (figure.name, None);
         }
     }
 
@@ -154,15 +156,13 @@ impl Report {
     }
 
     fn row(&self, figure: &Figure) {
-        let head = |what, conditions, value, spread, goal| {
-            println!("{what:<21} {conditions:<36} {value:>8}  {spread:<15} {goal:<8}");
-        };
         if self.last.is_empty() {
-            println!();
-            head("figure", "conditions", "median", "least to most", "goal");
+            let (figure, conditions, value) = ("figure", "conditions", "median");
+            println!("\n{figure:<21} {conditions:<36} {value:>8}  least to most   goal");
         }
         if self.last != figure.name {
             println!("{}", "─".repeat(99));
+            self.note.iter().for_each(|note| println!("{note}"));
         }
         let name = if self.last == figure.name { "" } else { figure.name };
         let Spread { median, min, max } = figure.value;
@@ -188,9 +188,10 @@ impl Report {
         if self.colours { format!("\x1b[{colour}m{text}\x1b[0m") } else { text.to_owned() }
     }
 
-    pub fn close(self, took: Duration) {
+    pub fn close(self, watch: &Watch) {
         self.working.finish_and_clear();
-        println!("\ngoals met, in {} s:", took.as_secs());
+        let (seconds, others) = (watch.seconds(), watch.others() * 100.0);
+        println!("\n{seconds:.0} s, in which others used {others:.0} % of the machine; goals met:");
         for (name, times, of) in &self.tally {
             println!("  {name:<21} {times} of {of}");
         }

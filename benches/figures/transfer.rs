@@ -50,7 +50,7 @@ pub fn run(bench: &mut Bench) {
             bank.close().await;
         }
     });
-    bench.report.note(&conditions(&postgres));
+    bench.report.note(conditions(&postgres));
     let figure = |name, goal| {
         move |(tasks, pairs): &(u32, Pairs)| {
             Figure::new(name, pairs.ratio())
@@ -69,9 +69,10 @@ pub fn run(bench: &mut Bench) {
 /// What the database was told, and what every way was given.
 fn conditions(postgres: &PostgresServer) -> String {
     let show = |setting: &str| postgres.execute(&format!("SHOW {setting}"));
+    let version = show("server_version");
     format!(
         "PostgreSQL {}, fsync {}, synchronous_commit {}; {ACCOUNTS} accounts, a connection a task",
-        show("server_version"),
+        version.split(' ').next().unwrap_or("?"),
         show("fsync"),
         show("synchronous_commit"),
     )
