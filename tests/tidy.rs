@@ -87,8 +87,8 @@ fn lines_are_short() {
 #[test]
 fn functions_are_short() {
     none_in_src(|source| rules::long_functions(source, rules::FUNCTION));
-    let examples = Source::all("examples");
-    none(examples.iter().flat_map(|source| rules::long_functions(source, rules::FUNCTION)));
+    let programs: Vec<Source> = ["examples", "benches"].into_iter().flat_map(Source::all).collect();
+    none(programs.iter().flat_map(|source| rules::long_functions(source, rules::FUNCTION)));
     let tests = Source::all("tests");
     none(tests.iter().flat_map(|source| rules::long_functions(source, rules::TEST_FUNCTION)));
 }
