@@ -17,6 +17,7 @@ mod locks;
 mod locks_on_redis;
 mod metrics;
 mod processes;
+mod proxy_faults;
 mod redis_asks;
 mod redis_commands;
 mod redis_corrupt;
