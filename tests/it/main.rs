@@ -12,6 +12,7 @@
 
 mod cancel;
 mod examples;
+mod fault_matrix;
 mod hazards;
 mod locks;
 mod locks_on_redis;

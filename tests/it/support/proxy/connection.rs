@@ -45,6 +45,7 @@ pub(super) async fn carry(mut client: TcpStream, mut server: TcpStream, shared: 
             () = shared.calmed(strike.epoch) => {}
         }
     }
+    shared.connections.fetch_sub(1, Ordering::SeqCst);
 }
 
 impl Carrier {

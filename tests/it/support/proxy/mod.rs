@@ -116,6 +116,10 @@ impl Fault {
         }
     }
 
+    pub fn point(self) -> Point {
+        self.place().0
+    }
+
     /// What it is counted as.
     pub fn name(self) -> &'static str {
         match self.place() {
@@ -148,6 +152,7 @@ struct Shared {
     struck: Mutex<BTreeMap<&'static str, usize>>,
     done: Notify,
     requests: AtomicUsize,
+    connections: AtomicUsize,
     refuses: AtomicBool,
 }
 
@@ -215,6 +220,12 @@ impl Proxy {
         self.shared.struck.lock().unwrap().clone()
     }
 
+    /// How many connections have not ended. When there are none, what was sent through them has
+    /// been read by the server or never will be.
+    pub fn connections(&self) -> usize {
+        self.shared.connections.load(Ordering::SeqCst)
+    }
+
     /// How often a client has sent something after it had an answer: round trips, from all of them.
     pub fn round_trips(&self) -> usize {
         self.shared.requests.load(Ordering::SeqCst)
@@ -237,6 +248,7 @@ async fn accept(listener: TcpListener, port: u16, shared: Arc<Shared>) {
         if let Ok(server) = TcpStream::connect(("127.0.0.1", port)).await {
             client.set_nodelay(true).unwrap();
             server.set_nodelay(true).unwrap();
+            shared.connections.fetch_add(1, Ordering::SeqCst);
             connections.spawn(connection::carry(client, server, Arc::clone(&shared)));
         }
     }

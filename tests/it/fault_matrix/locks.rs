@@ -1,0 +1,1 @@
+//! The same faults under the lock service.
