@@ -24,11 +24,11 @@ use crate::redis_asks::SOON;
 use crate::support::{Fault, Harm, Point, Proxy, RedisServer, Side, wait_until};
 
 /// How long a caller waits for one call.
-const CALL: Duration = Duration::from_millis(300);
+const CALL: Duration = Duration::from_millis(500);
 /// How long the driver bears with a server that is out of reach: less, so that callers hear of it.
-const PATIENCE: Duration = Duration::from_millis(150);
+const PATIENCE: Duration = Duration::from_millis(250);
 /// How many cells run at once.
-const LANES: usize = 48;
+const LANES: usize = 32;
 
 /// What the network does to one call.
 #[derive(Clone, Copy, Debug)]
@@ -51,7 +51,7 @@ fn troubles() -> Vec<Trouble> {
         Harm::HalfOpen(Side::Client),
         Harm::HalfOpen(Side::Server),
         // A request takes longer than its caller waits, most replies do not.
-        Harm::Trickle(ms(2)),
+        Harm::Trickle(ms(3)),
     ];
     let mut faults = Vec::new();
     for at in Point::ALL {
