@@ -12,11 +12,13 @@
 
 mod cancel;
 mod examples;
+mod fault_matrix;
 mod hazards;
 mod locks;
 mod locks_on_redis;
 mod metrics;
 mod processes;
+mod proxy_faults;
 mod redis_asks;
 mod redis_commands;
 mod redis_corrupt;

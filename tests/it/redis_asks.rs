@@ -68,10 +68,19 @@ impl Client {
 
     pub async fn with_id(backend: &dyn LockBackend, id: ClientId) -> Self {
         let client = Self { id, pushed: Arc::default() };
-        let pushed = Arc::clone(&client.pushed);
-        let sink = Arc::new(move |over| pushed.lock().unwrap().push(over));
-        backend.subscribe(client.id, sink).await.unwrap();
+        client.subscribe(backend).await.unwrap();
         client
+    }
+
+    /// A client that hears nothing until it has subscribed.
+    pub fn deaf() -> Self {
+        Self { id: ClientId::random(), pushed: Arc::default() }
+    }
+
+    pub async fn subscribe(&self, backend: &dyn LockBackend) -> palisade::Result<()> {
+        let pushed = Arc::clone(&self.pushed);
+        let sink = Arc::new(move |over| pushed.lock().unwrap().push(over));
+        backend.subscribe(self.id, sink).await
     }
 
     pub fn ask(&self, keys: &[(&str, Mode)]) -> Acquire {

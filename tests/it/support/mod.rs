@@ -24,7 +24,7 @@ use tokio::time::{Instant, sleep};
 pub use directory::Directory;
 pub use postgres::PostgresServer;
 pub use process::{children, is_alive};
-pub use proxy::{Fault, Proxy};
+pub use proxy::{Fault, Harm, Point, Proxy, Rates, Side};
 pub use redis::RedisServer;
 
 /// Where cargo puts the example `name`, seen from a test.
