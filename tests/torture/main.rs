@@ -30,6 +30,7 @@
 mod clock;
 mod counter;
 mod crew;
+mod exclusion;
 mod findings;
 mod history;
 mod stage;
@@ -48,7 +49,6 @@ use tokio::runtime::Builder;
 
 use findings::{Findings, Summary, Verdict};
 use stage::{Backend, Stage};
-use worker::Settings;
 
 type Result<T, E = Box<dyn std::error::Error + Send + Sync>> = std::result::Result<T, E>;
 
@@ -61,12 +61,20 @@ struct Workload {
     run: for<'s> fn(&'s Stage) -> BoxFuture<'s, Result<Findings>>,
 }
 
-const WORKLOADS: &[Workload] = &[Workload {
-    name: "W1",
-    shows: "fenced counter: no update is lost, whoever is stopped, killed or overtaken",
-    control: true,
-    run: |stage| counter::run(stage).boxed(),
-}];
+const WORKLOADS: &[Workload] = &[
+    Workload {
+        name: "W1",
+        shows: "fenced counter: no update is lost, whoever is stopped, killed or overtaken",
+        control: true,
+        run: |stage| counter::run(stage).boxed(),
+    },
+    Workload {
+        name: "W2",
+        shows: "exclusion: no overlap without faults; a loser's next call fails, or it is told",
+        control: false,
+        run: |stage| exclusion::run(stage).boxed(),
+    },
+];
 
 /// Real processes under real faults, and oracles that read what they did.
 #[derive(Debug, Parser)]

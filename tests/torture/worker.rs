@@ -15,7 +15,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tokio::time::{Instant, sleep};
 
 use crate::history::History;
-use crate::{Result, clock, counter};
+use crate::{Result, clock, counter, exclusion};
 
 /// How long a server may be away before a worker gives up connecting to it.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -38,6 +38,7 @@ pub struct Settings {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Work {
     Counter { fenced: bool },
+    Exclusion,
 }
 
 /// What a worker is told.
@@ -45,6 +46,10 @@ pub enum Work {
 pub enum Order {
     /// Stop yourself at the next seam.
     Stop,
+    /// Keep the next key until you lose it.
+    Hold,
+    /// Empty the memory of the lock service, where that is yours.
+    Forget,
     /// No more of that: end what is under way, do one last operation per task, and end.
     Last,
 }
@@ -55,6 +60,9 @@ pub enum Word {
     Ready,
     /// It holds this key and stops itself now.
     Stopping { key: String },
+    /// It keeps a key now until it loses it.
+    Holding,
+    Forgot,
 }
 
 impl Settings {
@@ -86,6 +94,7 @@ pub fn main(settings: &str) -> ExitCode {
     let work = async {
         match settings.work {
             Work::Counter { fenced } => counter::worker(settings, fenced, orders).await,
+            Work::Exclusion => exclusion::worker(settings, orders).await,
         }
     };
     match runtime.block_on(work) {

@@ -61,6 +61,7 @@ pub async fn worker(
         match order {
             Order::Stop => client.seam.arm(true),
             Order::Last => break,
+            Order::Hold | Order::Forget => {}
         }
     }
     client.seam.arm(false);

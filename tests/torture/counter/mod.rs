@@ -13,6 +13,7 @@ mod store;
 
 use std::time::Duration;
 
+use futures_util::future::join_all;
 use palisade::{Error, ErrorKind};
 use serde::{Deserialize, Serialize};
 
@@ -163,10 +164,10 @@ async fn play(stage: &Stage, store: &Store, fenced: bool, time: Duration) -> Res
     let nemesis = Nemesis { stage, pool: &pool, rival: &rival, until: time };
     nemesis.rage().await?;
     // What a worker that was killed last held is free again.
-    tokio::time::sleep(LEASE * 2).await;
+    tokio::time::sleep(LEASE).await;
     let mut failed = Vec::new();
-    for member in pool.dissolve() {
-        match member.end().await {
+    for ended in join_all(pool.dissolve().into_iter().map(Member::end)).await {
+        match ended {
             Ok(status) if status.success() => {}
             Ok(status) => failed.push(format!("a worker failed: {status}; see its log")),
             Err(error) => failed.push(error.to_string()),

@@ -75,12 +75,12 @@ impl Nemesis<'_> {
         }
     }
 
-    /// Every 2 s: a holder stops before its fence, for a moment in which the lock service loses its
+    /// Every 1.5 s: a holder stops before its fence, for a moment in which the lock service loses its
     /// memory and somebody else takes the key and commits. The holder has every reason to believe
     /// in its lease; only the store knows better.
     async fn overtakes(&self, end: Instant) {
-        let mut times = Times::new(self.stage, 3, end, Duration::from_millis(1_000));
-        while times.next(Duration::from_secs(2)).await {
+        let mut times = Times::new(self.stage, 3, end, Duration::from_millis(700));
+        while times.next(Duration::from_millis(1_500)).await {
             let mut victim = self.pool.take(&mut times.random).await;
             if let Some(key) = victim.stopped_at_seam(SEAM).await {
                 if let Some(redis) = self.stage.redis() {
