@@ -33,6 +33,8 @@ mod crew;
 mod exclusion;
 mod findings;
 mod history;
+mod re_entry;
+mod renewal;
 mod stage;
 #[allow(dead_code, unused_imports, reason = "shared with the integration tests")]
 #[path = "../it/support/mod.rs"]
@@ -73,6 +75,18 @@ const WORKLOADS: &[Workload] = &[
         shows: "exclusion: no overlap without faults; a loser's next call fails, or it is told",
         control: false,
         run: |stage| exclusion::run(stage).boxed(),
+    },
+    Workload {
+        name: "W9",
+        shows: "re-entry: one token, an exact count, whatever order, repetition and losses",
+        control: false,
+        run: |stage| re_entry::run(stage).boxed(),
+    },
+    Workload {
+        name: "W10",
+        shows: "renewal: no healthy lease is lost; whoever cannot renew is told in time",
+        control: false,
+        run: |stage| renewal::run(stage).boxed(),
     },
 ];
 

@@ -59,7 +59,9 @@ pub enum Order {
 pub enum Word {
     Ready,
     /// It holds this key and stops itself now.
-    Stopping { key: String },
+    Stopping {
+        key: String,
+    },
     /// It keeps a key now until it loses it.
     Holding,
     Forgot,

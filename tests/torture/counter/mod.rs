@@ -24,8 +24,8 @@ use crate::history::{self, Outcome};
 use crate::stage::{Backend, Stage};
 use crate::worker::{Settings, Work};
 
-pub use client::worker;
 use client::Client;
+pub use client::worker;
 use nemesis::Nemesis;
 use oracle::Phase;
 use store::{COUNTERS, Store};

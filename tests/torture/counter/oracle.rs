@@ -70,7 +70,8 @@ impl Phase {
             (Outcome::Ok, Some(row)) if Some(row.value) == operation.written => self.ok += 1,
             (Outcome::Ok, row) => {
                 self.lost += 1;
-                self.violations.push(format!("acknowledged and not there ({row:?}): {operation:?}"));
+                self.violations
+                    .push(format!("acknowledged and not there ({row:?}): {operation:?}"));
             }
             (Outcome::No, Some(row)) => {
                 let what = format!("reported as rolled back, but {row:?}: {operation:?}");
