@@ -1,9 +1,9 @@
 //! Torture: real processes under real faults, for as long as one likes, and oracles that read what
 //! they did.
 //!
-//! `scripts/torture` builds and starts it. A workload is a row in [`WORKLOADS`]. Each run prints its
-//! seed first and one JSON object last; it exits with success only when the run *holds*: nothing
-//! happened that must not, and the faults bit often enough for that to mean something.
+//! `scripts/torture` builds and starts it. A workload is a row in [`WORKLOADS`]. Each run prints
+//! its seed first and one JSON object last; it exits with success only when the run *holds*:
+//! nothing happened that must not, and the faults bit often enough for that to mean something.
 //!
 //! # How a run goes
 //! The conductor starts servers, and starts this very program as worker processes, which write

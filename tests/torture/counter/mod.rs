@@ -89,8 +89,8 @@ impl Operation {
     }
 }
 
-/// Whether a statement failed because the store had ended its session: told to by a newer holder, or
-/// because it was idle for longer than its lease.
+/// Whether a statement failed because the store had ended its session: told to by a newer holder,
+/// or because it was idle for longer than its lease.
 fn is_ended_session(error: &Error) -> bool {
     let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
     while let Some(error) = cause {

@@ -75,9 +75,9 @@ impl Nemesis<'_> {
         }
     }
 
-    /// Every 1.5 s: a holder stops before its fence, for a moment in which the lock service loses its
-    /// memory and somebody else takes the key and commits. The holder has every reason to believe
-    /// in its lease; only the store knows better.
+    /// Every 1.5 s: a holder stops before its fence, for a moment in which the lock service loses
+    /// its memory and somebody else takes the key and commits. The holder has every reason to
+    /// believe in its lease; only the store knows better.
     async fn overtakes(&self, end: Instant) {
         let mut times = Times::new(self.stage, 3, end, Duration::from_millis(700));
         while times.next(Duration::from_millis(1_500)).await {

@@ -133,8 +133,8 @@ impl Store {
         }))
     }
 
-    /// Writes what `operation` says, as a program without a fence does. An error that is in doubt is
-    /// that of the commit.
+    /// Writes what `operation` says, as a program without a fence does. An error that is in doubt
+    /// is that of the commit.
     pub async fn write_plainly(&self, operation: &Operation) -> palisade::Result<()> {
         either!(self, store => {
             let mut tx = store.pool().begin().await?;
