@@ -1,0 +1,166 @@
+//! The counters, in either database.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use palisade::{Coordinator, Locks, SqlStore, Tx};
+use sqlx::postgres::PgPoolOptions;
+use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions};
+use sqlx::{Postgres, Sqlite};
+use tokio::time::sleep;
+
+use super::Operation;
+use crate::Result;
+
+/// How many counters a phase has.
+pub const COUNTERS: usize = 10;
+
+/// A store of either kind.
+#[derive(Clone, Debug)]
+pub enum Store {
+    Sqlite(SqlStore<Sqlite>),
+    Postgres(SqlStore<Postgres>),
+}
+
+/// A write that is in the store.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct Row {
+    pub id: String,
+    pub key: String,
+    pub value: i64,
+    pub token: i64,
+    pub owner: String,
+}
+
+/// Does the same with a store of either kind. The SQL is the same; the types are not.
+macro_rules! either {
+    ($store:expr, $of:ident => $work:expr) => {
+        match $store {
+            Store::Sqlite($of) => $work,
+            Store::Postgres($of) => $work,
+        }
+    };
+}
+
+/// Writes what an operation says, and signs it.
+macro_rules! write_down {
+    ($operation:expr, $db:expr) => {
+        sqlx::query(SIGN)
+            .bind(&$operation.id)
+            .bind(&$operation.key)
+            .bind($operation.written)
+            .bind($operation.token.map(|token| token as i64))
+            .bind(&$operation.owner)
+            .execute($db)
+            .await?;
+        sqlx::query(SET).bind($operation.written).bind(&$operation.key).execute($db).await?
+    };
+}
+
+const TABLES: &str = "
+    CREATE TABLE counter (key TEXT PRIMARY KEY, value BIGINT NOT NULL);
+    CREATE TABLE written (
+        id TEXT PRIMARY KEY, key TEXT NOT NULL, value BIGINT NOT NULL,
+        token BIGINT NOT NULL, owner TEXT NOT NULL
+    );";
+const COUNTER: &str = "INSERT INTO counter (key, value) VALUES ($1, 0)";
+const READ: &str = "SELECT value FROM counter WHERE key = $1";
+const SET: &str = "UPDATE counter SET value = $1 WHERE key = $2";
+/// Written in the same transaction as the counter, so that a lost update has a name.
+const SIGN: &str = "
+    INSERT INTO written (id, key, value, token, owner) VALUES ($1, $2, $3, $4, $5)";
+
+impl Store {
+    pub async fn open(url: &str, tasks: usize) -> Result<Self> {
+        let connections = tasks as u32 + 2;
+        if let Some(path) = url.strip_prefix("sqlite:") {
+            let options = SqliteConnectOptions::new()
+                .filename(path)
+                .create_if_missing(true)
+                .busy_timeout(Duration::from_secs(10))
+                .journal_mode(SqliteJournalMode::Wal);
+            let pool = SqlitePoolOptions::new().max_connections(connections.min(4));
+            return Ok(Self::Sqlite(SqlStore::new("store", pool.connect_with(options).await?)));
+        }
+        let pool = PgPoolOptions::new().max_connections(connections).connect(url).await?;
+        Ok(Self::Postgres(SqlStore::new("store", pool)))
+    }
+
+    /// Makes the tables.
+    pub async fn create(&self) -> Result<()> {
+        either!(self, store => {
+            store.migrate().await?;
+            sqlx::raw_sql(TABLES).execute(store.pool()).await?;
+        });
+        Ok(())
+    }
+
+    /// Makes counters at zero.
+    pub async fn add_counters(&self, keys: &[String]) -> Result<()> {
+        for key in keys {
+            either!(self, store => {
+                sqlx::query(COUNTER).bind(key).execute(store.pool()).await?;
+            });
+        }
+        Ok(())
+    }
+
+    pub fn coordinator(&self, locks: Locks, lease: Duration, wait: Duration) -> Coordinator {
+        let builder = Coordinator::builder(locks).lease(lease).wait(wait);
+        either!(self, store => builder.store(store)).build()
+    }
+
+    /// Adds one behind the fence: reads, thinks, writes.
+    pub async fn add_fenced(
+        &self,
+        tx: &Tx,
+        operation: &mut Operation,
+        think: Duration,
+    ) -> palisade::Result<()> {
+        either!(self, store => {
+            let db = tx.enlist(store).await?;
+            let read: i64 = sqlx::query_scalar(READ).bind(&operation.key).fetch_one(&db).await?;
+            operation.reads(read);
+            sleep(think).await;
+            write_down!(operation, &db);
+        });
+        Ok(())
+    }
+
+    pub async fn read(&self, key: &str) -> palisade::Result<i64> {
+        Ok(either!(self, store => {
+            sqlx::query_scalar(READ).bind(key).fetch_one(store.pool()).await?
+        }))
+    }
+
+    /// Writes what `operation` says, as a program without a fence does. An error that is in doubt
+    /// is that of the commit.
+    pub async fn write_plainly(&self, operation: &Operation) -> palisade::Result<()> {
+        either!(self, store => {
+            let mut tx = store.pool().begin().await?;
+            write_down!(operation, &mut *tx);
+            tx.commit().await.map_err(super::in_doubt)?;
+        });
+        Ok(())
+    }
+
+    /// The counters whose names begin with `prefix`.
+    pub async fn counters(&self, prefix: &str) -> Result<BTreeMap<String, i64>> {
+        let read = "SELECT key, value FROM counter WHERE key LIKE $1 || '%'";
+        let rows: Vec<(String, i64)> = either!(self, store => {
+            sqlx::query_as(read).bind(prefix).fetch_all(store.pool()).await?
+        });
+        Ok(rows.into_iter().collect())
+    }
+
+    /// What was written to them.
+    pub async fn rows(&self, prefix: &str) -> Result<Vec<Row>> {
+        type Tuple = (String, String, i64, i64, String);
+        let read = "SELECT id, key, value, token, owner FROM written WHERE key LIKE $1 || '%'";
+        let rows: Vec<Tuple> = either!(self, store => {
+            sqlx::query_as(read).bind(prefix).fetch_all(store.pool()).await?
+        });
+        let row = |(id, key, value, token, owner)| Row { id, key, value, token, owner };
+        Ok(rows.into_iter().map(row).collect())
+    }
+}
