@@ -23,7 +23,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::failure::{self, Remedy, explain, remedy};
 use super::greeting::{self, Peer, Refusal};
-use super::script::Call;
+use super::script::{Call, Scripts};
 use super::subscribers::Subscribers;
 use crate::error::{Error, ErrorKind, Result};
 use crate::protocol::Backoff;
@@ -39,6 +39,7 @@ pub(super) struct Link {
     client: redis::Client,
     partitions: u16,
     patience: Duration,
+    scripts: Scripts,
     subscribers: Arc<Subscribers>,
     current: Mutex<Option<Arc<Live>>>,
     /// Held while connecting, across awaits on purpose: one connects, the others wait for it.
@@ -67,12 +68,14 @@ impl Link {
         client: redis::Client,
         partitions: u16,
         patience: Duration,
+        scripts: Scripts,
         subscribers: Arc<Subscribers>,
     ) -> Self {
         Self {
             client,
             partitions,
             patience,
+            scripts,
             subscribers,
             current: Mutex::new(None),
             turn: tokio::sync::Mutex::new(Turn { not_before: Instant::now(), previous: None }),
@@ -83,7 +86,8 @@ impl Link {
 
     /// Runs a script.
     pub(super) async fn call(&self, operation: &'static str, call: &Call) -> Result<Value> {
-        self.send(operation, call.by_hash(), || Some(call.by_text())).await
+        let scripts = &self.scripts;
+        self.send(operation, call.by_hash(scripts), || Some(call.by_text(scripts))).await
     }
 
     /// Sends one command.
