@@ -65,8 +65,11 @@ mod on_memory_and_sqlite {
     }
 }
 
-const TAKES_ALL: Edit =
-    Edit { of: "release", fragment: "local mine = true", instead: "call('DEL', unpack(KEYS))" };
+const TAKES_ALL: Edit = Edit {
+    of: "release",
+    fragment: "local mine = true\n",
+    instead: "local mine = true\nif mine then return call('DEL', unpack(KEYS)) end\n",
+};
 
 #[tokio::test]
 async fn a_bug_is_in_one_backend_and_not_in_the_next() {
