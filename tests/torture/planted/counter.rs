@@ -88,7 +88,7 @@ impl Counter {
     }
 
     /// Writes, commits, and counts what it is told.
-    pub async fn write(&mut self, work: Work, n: i64) -> Result<()> {
+    pub async fn write(&mut self, n: i64, work: Work) -> Result<()> {
         let Work { branch, late, .. } = work;
         let written = write(&branch, n).await;
         let fenced = if late.is_empty() { Ok(()) } else { branch.extend(&late).await };
@@ -121,8 +121,7 @@ impl Counter {
         let mut holder = Holder::new(service, KEY, LONG);
         holder.acquire().await;
         let work = self.begin(&holder).await?;
-        let next = work.seen + 1;
-        self.write(work, next).await?;
+        self.write(work.seen + 1, work).await?;
         holder.release().await;
         Ok(())
     }

@@ -6,13 +6,14 @@ use palisade::testing::Edit;
 pub mod redis {
     use super::Edit;
 
-    const ANYBODYS: Edit = Edit {
+    /// Whatever stands at a key is taken for the caller's.
+    const ANYONES: Edit = Edit {
         of: "release",
         fragment: " or string.sub(v[i], 1, 51) ~= '-' .. m .. ARGV[1] .. ':'",
         instead: "",
     };
 
-    pub const RELEASE_WITHOUT_OWNER: [Edit; 1] = [ANYBODYS];
+    pub const RELEASE_WITHOUT_OWNER: [Edit; 1] = [ANYONES];
 
     pub const RENEW_WITHOUT_OWNER: [Edit; 1] = [Edit {
         of: "renew",
@@ -39,7 +40,7 @@ pub mod redis {
         },
         Edit {
             instead: " or string.sub(v[i], 1, 34) ~= '-' .. m .. string.sub(ARGV[1], 1, 32)",
-            ..ANYBODYS
+            ..ANYONES
         },
         Edit {
             of: "release",
@@ -94,13 +95,8 @@ pub mod sqlite {
     use super::{END_OF_COMMENT, Edit, fence};
 
     /// As in PostgreSQL.
-    pub const NO_FENCE: [Edit; 2] = [
-        fence(
-            "SELECT json_extract(k.value, '$[0]'), NULL FROM json_each(?1) AS k
-             WHERE ?2 IS NOT ?3 /*",
-        ),
-        REST,
-    ];
+    pub const NO_FENCE: [Edit; 2] =
+        [fence("SELECT json_extract(k.value, '$[0]'), NULL FROM json_each(?1) AS k /*"), REST];
 
     /// As in PostgreSQL.
     pub const SELECT: [Edit; 2] = [
@@ -108,8 +104,7 @@ pub mod sqlite {
             "SELECT f.resource, f.prior_tx FROM palisade_fence AS f
              JOIN json_each(?1) AS k ON json_extract(k.value, '$[0]') = f.resource
              WHERE json_extract(k.value, '$[2]') > max(f.write_token, f.read_token)
-                 OR (json_extract(k.value, '$[2]') = f.write_token AND f.write_owner IS ?2)
-                 OR ?3 IS NULL /*",
+                 OR (json_extract(k.value, '$[2]') = f.write_token AND f.write_owner IS ?2) /*",
         ),
         REST,
     ];

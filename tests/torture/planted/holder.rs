@@ -129,19 +129,17 @@ impl Holder {
 
 /// The service never told two of them that they hold the key at one time.
 pub fn exclusive(holders: &[&Holder]) -> Verdict {
-    let told = |holder: &Holder| holder.told.clone();
-    for (i, one) in holders.iter().enumerate() {
-        for other in &holders[i + 1..] {
-            for ((from, until), (since, end)) in
-                told(one).into_iter().flat_map(|a| told(other).into_iter().map(move |b| (a, b)))
-            {
-                let both = until.min(end).checked_duration_since(from.max(since));
-                if let Some(both) = both.filter(|both| !both.is_zero()) {
-                    return Err(format!("two holders of {} for {both:.1?}", one.key()));
-                }
+    let of = |(who, holder): (usize, &&Holder)| {
+        holder.told.clone().into_iter().map(move |(from, until)| (who, from, until))
+    };
+    let told: Vec<_> = holders.iter().enumerate().flat_map(of).collect();
+    for (one, from, until) in &told {
+        for (other, since, end) in &told {
+            let both = until.min(end).saturating_duration_since(*from.max(since));
+            if one < other && !both.is_zero() {
+                return Err(format!("two holders of one key for {both:.1?}"));
             }
         }
     }
-    let grants: usize = holders.iter().map(|holder| holder.told.len()).sum();
-    Ok(format!("{grants} grants and renewals, never two holders"))
+    Ok(format!("{} grants and renewals, never two holders", told.len()))
 }

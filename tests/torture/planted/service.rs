@@ -69,8 +69,8 @@ impl Service {
         }
     }
 
-    /// The server refuses `command` from now on, or takes it again. What a server of ours never
-    /// refuses at random stands for a server that dies there.
+    /// The server refuses `command` from now on, or takes it again: a script that comes to it ends
+    /// there, and what it has written before stays.
     pub fn permit(&self, command: &str, permitted: bool) {
         let Self::Redis { server, .. } = self else { panic!("memory has no commands") };
         let rule = format!("{}{command}", if permitted { '+' } else { '-' });

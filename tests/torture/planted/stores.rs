@@ -1,6 +1,6 @@
 //! Scenarios for the fence in a store.
 
-use palisade::FencingToken;
+use palisade::{FencingToken, Result};
 
 use super::Verdict;
 use super::counter::{Counter, KEY};
@@ -37,21 +37,17 @@ pub async fn overtaken(service: &Service, mut counter: Counter, loss: Loss) -> V
     second.acquire().await;
     let same = second.token() == first.token();
     assert_eq!(same, matches!(loss, Loss::Memory), "the fault is in place");
-    let raised = match counter.begin(&second).await {
-        Ok(work) => {
-            let next = work.seen + 1;
-            counter.write(work, next).await
-        }
+    let next = match counter.begin(&second).await {
+        Ok(work) => counter.write(work.seen + 1, work).await,
         Err(refused) => Err(refused),
     };
     let woken = match counter.begin(&first).await {
-        Ok(work) => counter.write(work, seen + 1).await,
+        Ok(work) => counter.write(seen + 1, work).await,
         Err(refused) => Err(refused),
     };
-    assert!(raised.is_ok() || woken.is_ok(), "one of them is not stale: {raised:?}, {woken:?}");
     second.release().await;
     counter.raise(service).await.unwrap();
-    counter.check().await
+    verdict(&counter, woken, next).await
 }
 
 /// A token far above the clock, as a floor that a store has named.
@@ -72,15 +68,20 @@ pub async fn overlap(service: &Service, mut counter: Counter) -> Verdict {
     let mut second = Holder::new(service, KEY, LONG);
     second.acquire().await;
     let raises = counter.begin(&second).await.unwrap();
-    let next = paused.seen + 1;
-    let woken = counter.write(paused, next).await;
-    let next = raises.seen + 1;
-    counter.write(raises, next).await.unwrap();
+    let woken = counter.write(paused.seen + 1, paused).await;
+    let next = counter.write(raises.seen + 1, raises).await;
     second.release().await;
     counter.raise(service).await.unwrap();
-    let seen = counter.check().await?;
-    Ok(match woken {
-        Ok(()) => seen,
-        Err(error) => format!("{seen}, and who had paused was told: {:?}", error.kind()),
-    })
+    verdict(&counter, woken, next).await
+}
+
+/// What the counter says, and what the two were told: one of them at least is not stale.
+async fn verdict(counter: &Counter, woken: Result<()>, next: Result<()>) -> Verdict {
+    let told = |answer: &Result<()>| match answer {
+        Ok(()) => "committed".to_owned(),
+        Err(error) => format!("{:?}", error.kind()),
+    };
+    let told = format!("who lost the key was told {}, the next {}", told(&woken), told(&next));
+    assert!(woken.is_ok() || next.is_ok(), "nothing was put to the test: {told}");
+    counter.check().await.map(|seen| format!("{seen}, {told}"))
 }
