@@ -50,8 +50,9 @@
 //!
 //! # Features
 //!
-//! `redis` (default), `sqlite`, `postgres`, `metrics`. A feature adds API and never changes
-//! behaviour.
+//! `redis` (default), `sqlite`, `postgres`, `metrics`, and `testing`: known bugs to plant in a
+//! driver, so that a test of one's own can show that it would find them. A feature adds API and
+//! never changes behaviour.
 
 pub mod backend;
 mod connect;
@@ -61,6 +62,8 @@ pub mod protocol;
 #[cfg(any(feature = "sqlite", feature = "postgres"))]
 mod sql;
 pub mod store;
+#[cfg(feature = "testing")]
+pub mod testing;
 mod transaction;
 mod types;
 

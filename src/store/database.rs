@@ -47,6 +47,9 @@ pub trait Driver: sqlx::Database + Sized {
     /// What the branches of one store share in this process.
     type Shared: fmt::Debug + Default + Send + Sync + 'static;
 
+    /// The statement that shows the tokens to the fence rows.
+    const FENCE: &'static str;
+
     /// Takes a connection whose state is unproven. Must not block, panic or do I/O itself.
     fn discard(conn: PoolConnection<Self>, loan: Self::Loan);
 

@@ -17,6 +17,9 @@ mod hazards;
 mod locks;
 mod locks_on_redis;
 mod metrics;
+#[path = "../torture/planted/mod.rs"]
+mod planted;
+mod planted_bugs;
 mod processes;
 mod proxy_faults;
 mod redis_asks;

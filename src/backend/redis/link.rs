@@ -26,7 +26,7 @@ use tokio_util::sync::CancellationToken;
 use super::failure::{self, Remedy, explain, remedy};
 use super::greeting::{self, Peer, Refusal};
 use super::request::Share;
-use super::script::Call;
+use super::script::{Call, Scripts};
 use super::subscribers::Subscribers;
 use super::together::{Together, Trip};
 use crate::error::{Error, ErrorKind, Result};
@@ -43,6 +43,7 @@ pub(super) struct Link {
     client: redis::Client,
     partitions: u16,
     patience: Duration,
+    scripts: Scripts,
     subscribers: Arc<Subscribers>,
     together: Together,
     current: Mutex<Option<Arc<Live>>>,
@@ -72,12 +73,14 @@ impl Link {
         client: redis::Client,
         partitions: u16,
         patience: Duration,
+        scripts: Scripts,
         subscribers: Arc<Subscribers>,
     ) -> Self {
         Self {
             client,
             partitions,
             patience,
+            scripts,
             subscribers,
             together: Together::default(),
             current: Mutex::new(None),
@@ -89,7 +92,8 @@ impl Link {
 
     /// Runs a script.
     pub(super) async fn call(&self, operation: &'static str, call: &Call) -> Result<Value> {
-        self.send(operation, call.by_hash(), || Some(call.by_text())).await
+        let scripts = &self.scripts;
+        self.send(operation, call.by_hash(scripts), || Some(call.by_text(scripts))).await
     }
 
     /// Runs an operation: together with others if there is a crowd, else by itself.
@@ -129,8 +133,10 @@ impl Link {
 
     async fn travel(&self, call: Call, trip: Trip<'_>) {
         let Some(live) = self.current() else { return };
-        let answer = match live.send(&call.by_hash()).await {
-            Err(error) if remedy(&error) == Remedy::SendText => live.send(&call.by_text()).await,
+        let answer = match live.send(&call.by_hash(&self.scripts)).await {
+            Err(error) if remedy(&error) == Remedy::SendText => {
+                live.send(&call.by_text(&self.scripts)).await
+            }
             answer => answer,
         };
         match answer {

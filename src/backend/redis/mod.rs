@@ -80,6 +80,7 @@ use crate::types::{ClientId, Partition, ResourceKey};
 
 use link::Link;
 use request::Share;
+use script::Scripts;
 use subscribers::Subscribers;
 
 /// How [`RedisBackend`] uses its server.
@@ -151,13 +152,28 @@ impl RedisBackend {
     /// # Cancel safety
     /// Dropping the future closes the connection and leaves at most the number of partitions.
     pub async fn connect(url: &str, options: RedisOptions) -> Result<Self> {
+        Self::with_scripts(url, options, Scripts::default()).await
+    }
+
+    /// Connects, and from then on sends the scripts as `edit` returns them, which is shown the name
+    /// and the text of each.
+    #[cfg(feature = "testing")]
+    pub(crate) async fn connect_edited(
+        url: &str,
+        options: RedisOptions,
+        edit: impl FnMut(&'static str, &'static str) -> Result<&'static str>,
+    ) -> Result<Self> {
+        Self::with_scripts(url, options, Scripts::edited(edit)?).await
+    }
+
+    async fn with_scripts(url: &str, options: RedisOptions, scripts: Scripts) -> Result<Self> {
         let RedisOptions { partitions, reconnect_for } = options;
         if partitions == 0 || reconnect_for.is_zero() {
             return Err(invalid("at least one partition and some time to connect are needed"));
         }
         let client = client(url)?;
         let subscribers = Arc::new(Subscribers::default());
-        let link = Link::new(client, partitions, reconnect_for, Arc::clone(&subscribers));
+        let link = Link::new(client, partitions, reconnect_for, scripts, Arc::clone(&subscribers));
         let link = Arc::new(link);
         link.command("connect", redis::cmd("PING")).await?;
         let (kept, carried) = (Arc::clone(&link), Arc::clone(&link));

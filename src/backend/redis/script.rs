@@ -62,6 +62,15 @@ const FRAGMENTS: [(&str, &str); 2] = [
     ("-- include take.lua\n", include_str!("lua/take.lua")),
 ];
 
+static ALL: [(&str, &Script); 6] = [
+    ("acquire", &ACQUIRE),
+    ("renew", &RENEW),
+    ("release", &RELEASE),
+    ("cancel", &CANCEL),
+    ("inspect", &INSPECT),
+    ("together", &TOGETHER),
+];
+
 impl Script {
     const fn new(parts: &'static [&'static str]) -> Self {
         Self { parts, text: OnceLock::new(), hash: OnceLock::new() }
@@ -69,7 +78,7 @@ impl Script {
 
     /// The command that makes the server remember all scripts, one for each.
     pub(super) fn load_all() -> impl Iterator<Item = Cmd> {
-        [&ACQUIRE, &RENEW, &RELEASE, &CANCEL, &INSPECT, &TOGETHER].into_iter().map(|script| {
+        ALL.into_iter().map(|(_, script)| {
             let mut load = redis::cmd("SCRIPT");
             load.arg("LOAD").arg(script.text());
             load
@@ -135,6 +144,31 @@ impl Words {
     }
 }
 
+/// What one backend sends: the scripts above, unless a test has edited them for this one.
+#[derive(Debug, Default)]
+pub(super) struct Scripts {
+    edited: Vec<(&'static Script, Script)>,
+}
+
+impl Scripts {
+    /// The scripts as `edit` returns them, which is shown the name and the text of each.
+    #[cfg(feature = "testing")]
+    pub(super) fn edited<E>(
+        mut edit: impl FnMut(&'static str, &'static str) -> Result<&'static str, E>,
+    ) -> Result<Self, E> {
+        let edited = ALL.into_iter().map(|(name, script)| {
+            let text = OnceLock::from(edit(name, script.text())?.to_owned());
+            Ok((script, Script { parts: &[], text, hash: OnceLock::new() }))
+        });
+        Ok(Self { edited: edited.collect::<Result<_, E>>()? })
+    }
+
+    fn of(&self, script: &'static Script) -> &Script {
+        let edited = self.edited.iter().find(|(of, _)| std::ptr::eq(*of, script));
+        edited.map_or(script, |(_, edited)| edited)
+    }
+}
+
 /// One call of a script.
 #[derive(Debug)]
 pub(super) struct Call {
@@ -149,13 +183,13 @@ impl Call {
     }
 
     /// The call, for a server that knows the script.
-    pub(super) fn by_hash(&self) -> Cmd {
-        self.command("EVALSHA", self.script.hash())
+    pub(super) fn by_hash(&self, scripts: &Scripts) -> Cmd {
+        self.command("EVALSHA", scripts.of(self.script).hash())
     }
 
     /// The call with the text of the script, which the server then knows.
-    pub(super) fn by_text(&self) -> Cmd {
-        self.command("EVAL", self.script.text())
+    pub(super) fn by_text(&self, scripts: &Scripts) -> Cmd {
+        self.command("EVAL", scripts.of(self.script).text())
     }
 
     fn command(&self, name: &str, script: &str) -> Cmd {

@@ -4,7 +4,7 @@ use sqlx::PgConnection;
 use uuid::Uuid;
 
 use crate::error::Error;
-use crate::sql::postgres::{FENCE, Published, TOKENS, hex, millis};
+use crate::sql::postgres::{Published, TOKENS, hex, millis};
 use crate::types::Mode;
 
 use super::super::sql_store::SqlStore;
@@ -31,7 +31,7 @@ pub(super) async fn take(
     attempt: Option<Uuid>,
 ) -> Result<Taken, sqlx::Error> {
     let (keys, exclusive, tokens) = columns(held, |key| key.to_owned());
-    let (keys, priors, id, isolation): Row = sqlx::query_as(FENCE)
+    let (keys, priors, id, isolation): Row = sqlx::query_as(store.fence)
         .bind(keys)
         .bind(exclusive)
         .bind(tokens)

@@ -26,7 +26,7 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::error::Result;
-use crate::sql::postgres::{MIGRATIONS, PURGE, PURGE_SESSIONS, WATERMARK, WATERMARK_SEEN};
+use crate::sql::postgres::{FENCE, MIGRATIONS, PURGE, PURGE_SESSIONS, WATERMARK, WATERMARK_SEEN};
 use crate::sql::{PURGE_BATCH, PURGE_GRACE, classify, migrate};
 
 use super::database::{Driver, Ending, Opened, Step};
@@ -94,6 +94,8 @@ impl Driver for Postgres {
     type Facts = Facts;
     type Settings = Settings;
     type Shared = ();
+
+    const FENCE: &'static str = FENCE;
 
     /// The server rolls back what a closed session leaves.
     fn discard(mut conn: PoolConnection<Self>, _loan: ()) {

@@ -29,7 +29,7 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::sql::sqlite::{MIGRATIONS, PURGE, WATERMARK};
+use crate::sql::sqlite::{FENCE, MIGRATIONS, PURGE, WATERMARK};
 use crate::sql::{PURGE_BATCH, PURGE_GRACE, classify, migrate, refuse};
 use crate::types::Want;
 
@@ -57,6 +57,8 @@ impl Driver for Sqlite {
     type Facts = Fenced;
     type Settings = ();
     type Shared = Gate;
+
+    const FENCE: &'static str = FENCE;
 
     /// Nothing is closed that can be proven clean: the database may live in this connection's
     /// memory.
@@ -110,7 +112,7 @@ impl Driver for Sqlite {
 
     async fn open(store: &SqlStore<Self>, fence: &Fence) -> Result<Opened<Self>> {
         let mut session = begin(store, "fence", Some(fence), fence.deadline).await?;
-        let passed = pass(session.conn()?, fence, &fence.held, Some(fence.attempt)).await;
+        let passed = pass(session.conn()?, store, fence, &fence.held, Some(fence.attempt)).await;
         let passed = match passed {
             Ok(passed) => passed,
             Err(error) => return Err(end_refused(session, error).await),
@@ -124,7 +126,7 @@ impl Driver for Sqlite {
 
     async fn open_read(store: &SqlStore<Self>, fence: &Fence) -> Result<Opened<Self>> {
         let mut session = begin(store, "fence", Some(fence), fence.deadline).await?;
-        if let Err(error) = pass(session.conn()?, fence, &fence.held, None).await {
+        if let Err(error) = pass(session.conn()?, store, fence, &fence.held, None).await {
             return Err(end_refused(session, error).await);
         }
         while let Err(error) = run(session.conn()?, "COMMIT").await {
@@ -151,7 +153,7 @@ impl Driver for Sqlite {
     }
 
     async fn extend(
-        _store: &SqlStore<Self>,
+        store: &SqlStore<Self>,
         fence: &Fence,
         open: &mut Opened<Self>,
         held: &[Held],
@@ -170,7 +172,7 @@ impl Driver for Sqlite {
             ));
         }
         run(conn, "SAVEPOINT palisade_extend").await?;
-        let passed = match pass(conn, fence, &missing, Some(fence.attempt)).await {
+        let passed = match pass(conn, store, fence, &missing, Some(fence.attempt)).await {
             Ok(passed) => passed,
             Err(error) => {
                 run(conn, "ROLLBACK TO palisade_extend; RELEASE palisade_extend").await?;

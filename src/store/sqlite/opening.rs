@@ -7,7 +7,7 @@ use tokio::time::{Instant, sleep};
 use uuid::Uuid;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::sql::sqlite::{FENCE, TOKENS, json};
+use crate::sql::sqlite::{TOKENS, json};
 use crate::sql::{classify, kind_of};
 use crate::types::Mode;
 
@@ -75,11 +75,12 @@ pub(super) fn probe(fence: &Fence) -> String {
 /// Shows the tokens to the rows of `held`, all of them or with an error.
 pub(super) async fn pass(
     conn: &mut SqliteConnection,
+    store: &SqlStore<Sqlite>,
     fence: &Fence,
     held: &[Held],
     attempt: Option<Uuid>,
 ) -> Result<Vec<Row>> {
-    let passed: Vec<Row> = sqlx::query_as(FENCE)
+    let passed: Vec<Row> = sqlx::query_as(store.fence)
         .bind(array(held))
         .bind(fence.owner.as_uuid())
         .bind(attempt)
