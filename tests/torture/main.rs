@@ -41,6 +41,7 @@ mod stage;
 mod support;
 mod worker;
 
+use std::panic::AssertUnwindSafe;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -147,9 +148,14 @@ fn conduct(options: &Options, runtime: &tokio::runtime::Runtime) -> Result<bool>
         }
         let holding = verdicts.iter().filter(|verdict| **verdict == Verdict::Holds).count();
         let holds = holding == verdicts.len();
-        let verdict = verdicts.into_iter().find(|verdict| *verdict != Verdict::Holds);
+        let verdict = verdicts.iter().copied().find(|verdict| *verdict != Verdict::Holds);
         let verdict = verdict.unwrap_or(Verdict::Holds);
-        println!("{}", serde_json::json!({"workload": "all", "hold": holding, "verdict": verdict}));
+        println!(
+            "{}",
+            serde_json::json!({
+                "workload": "all", "runs": verdicts.len(), "hold": holding, "verdict": verdict,
+            })
+        );
         return Ok(holds);
     }
     let workload = WORKLOADS.iter().find(|workload| workload.name == options.what);
@@ -171,7 +177,13 @@ fn perform(
     println!("{} on {backend}, {} s, --seed {seed}", workload.name, options.seconds);
     let time = Duration::from_secs(options.seconds);
     let stage = Stage::new(backend, seed, time, options.control)?.with_redis().with_postgres();
-    let findings = runtime.block_on((workload.run)(&stage))?;
+    // A run that panics has said so already; it proves nothing.
+    let run = AssertUnwindSafe((workload.run)(&stage)).catch_unwind();
+    let findings = match runtime.block_on(run) {
+        Ok(Ok(findings)) => findings,
+        Ok(Err(error)) => Findings::none(error.to_string()),
+        Err(_) => Findings::none("the run panicked".to_owned()),
+    };
     let verdict = findings.verdict();
     for complaint in findings.complaints() {
         println!("{complaint}");

@@ -132,6 +132,10 @@ impl Worker {
             time = longest.mul_f64(random.f64());
         }
         watch(&guard, &mut hold, time).await;
+        if hold.stopped > 0 {
+            // Time for somebody else to be granted the key before this one's first call.
+            sleep(lease / 5).await;
+        }
         hold.called = clock::now();
         hold.answer = match guard.renew().await {
             Ok(()) => Outcome::Ok,
