@@ -36,7 +36,7 @@ const SUM: &str = "SELECT sum(balance)::bigint FROM account";
 
 pub fn run(bench: &mut Bench) {
     let (redis, postgres) = (RedisServer::start(), PostgresServer::start());
-    let window = bench.window(250, 2_000);
+    let window = bench.window(250, 1_200);
     let (mut transfers, mut plains) = (Vec::new(), Vec::new());
     multi_thread().block_on(async {
         for tasks in TASKS {
