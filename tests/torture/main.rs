@@ -33,6 +33,8 @@ mod crew;
 mod exclusion;
 mod findings;
 mod history;
+mod planted;
+mod plants;
 mod re_entry;
 mod renewal;
 mod stage;
@@ -88,6 +90,12 @@ const WORKLOADS: &[Workload] = &[
         shows: "renewal: no healthy lease is lost; whoever cannot renew is told in time",
         control: false,
         run: |stage| renewal::run(stage).boxed(),
+    },
+    Workload {
+        name: "W13",
+        shows: "planted bugs: each is caught, and what catches it accepts the library as it is",
+        control: false,
+        run: |stage| plants::run(stage).boxed(),
     },
 ];
 
