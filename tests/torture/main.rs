@@ -57,6 +57,9 @@ use stage::{Backend, Stage};
 
 type Result<T, E = Box<dyn std::error::Error + Send + Sync>> = std::result::Result<T, E>;
 
+/// What a run may take beyond twice its time.
+const PATIENCE: Duration = Duration::from_secs(180);
+
 /// One thing to be shown.
 struct Workload {
     name: &'static str,
@@ -187,10 +190,12 @@ fn perform(
     let stage = Stage::new(backend, seed, time, options.control)?.with_redis().with_postgres();
     // A run that panics has said so already; it proves nothing.
     let run = AssertUnwindSafe((workload.run)(&stage)).catch_unwind();
+    let run = async { tokio::time::timeout(time * 2 + PATIENCE, run).await };
     let findings = match runtime.block_on(run) {
-        Ok(Ok(findings)) => findings,
-        Ok(Err(error)) => Findings::none(error.to_string()),
-        Err(_) => Findings::none("the run panicked".to_owned()),
+        Ok(Ok(Ok(findings))) => findings,
+        Ok(Ok(Err(error))) => Findings::none(error.to_string()),
+        Ok(Err(_)) => Findings::none("the run panicked".to_owned()),
+        Err(_) => Findings::none("the run does not end".to_owned()),
     };
     let verdict = findings.verdict();
     for complaint in findings.complaints() {

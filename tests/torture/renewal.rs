@@ -14,7 +14,7 @@ use palisade::protocol::{Acquire, Acquired, Inspection, Part, Released, Renewal,
 use palisade::{ClientId, LockGuard, LockOptions, Locks, Partition, ResourceKey};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep, sleep_until};
+use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 
 use crate::findings::Findings;
 use crate::stage::Stage;
@@ -106,7 +106,13 @@ async fn blackout(hole: &Hole, leases: usize) -> Result<Round> {
     }
     let mut round = Round::default();
     let mut lost = Vec::new();
-    while let Some(holder) = holders.join_next().await {
+    let patience = Instant::now() + LEASE * 4;
+    while !holders.is_empty() {
+        let Ok(Some(holder)) = timeout_at(patience, holders.join_next()).await else {
+            let count = holders.len();
+            round.violations.push(format!("{count} holders were never told"));
+            break;
+        };
         let (told, ends, guard) = holder?;
         round.told += 1;
         round.late = round.late.max(told.saturating_sub(ends));

@@ -109,7 +109,7 @@ impl Worker {
             asked,
             granted,
             listens: random.bool(),
-            believed: granted,
+            believed: 0,
             told: None,
             late: 0,
             stopped: 0,

@@ -46,7 +46,7 @@ pub struct Hold {
     pub granted: u64,
     /// Whether the holder waited to be told of a loss, or asked again and again.
     pub listens: bool,
-    /// The last time that it asked and was told that it still holds the key.
+    /// The last time that it asked and was told that it still holds the key; 0 if it never was.
     pub believed: u64,
     /// When it was told that the lease is lost.
     pub told: Option<u64>,
