@@ -26,8 +26,8 @@ const OPENING: i64 = 1_000_000;
 
 const TABLES: &str = include_str!("sql/tables.sql");
 const FENCE: &str = include_str!("sql/fence.sql");
-const OPEN: &str = "INSERT INTO account SELECT 'account:' || n, $2 FROM generate_series(0, $1 - 1) AS n \
-     ON CONFLICT DO NOTHING";
+const OPEN: &str = "INSERT INTO account SELECT 'account:' || n, $2 \
+                    FROM generate_series(0, $1 - 1) AS n ON CONFLICT DO NOTHING";
 const READ: &str = "SELECT id, balance FROM account WHERE id = ANY ($1) ORDER BY id";
 const READ_AND_LOCK: &str =
     "SELECT id, balance FROM account WHERE id = ANY ($1) ORDER BY id FOR UPDATE";
