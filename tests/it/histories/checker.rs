@@ -29,7 +29,7 @@ pub struct Operation {
 #[derive(Debug)]
 pub struct Violation {
     /// The first operation whose answer has no explanation.
-    pub operation: Operation,
+    pub operation: Box<Operation>,
     /// What the lock may have looked like before.
     pub instead: Vec<State>,
 }
@@ -147,7 +147,7 @@ impl Search<'_> {
         self.under_way.remove(&index);
         self.configurations = after.into_configurations();
         if self.configurations.is_empty() {
-            let operation = self.operations[index].clone();
+            let operation = Box::new(self.operations[index].clone());
             let instead = before.into_iter().map(|configuration| configuration.state).collect();
             return Err(Violation { operation, instead });
         }

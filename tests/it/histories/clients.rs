@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use fastrand::Rng;
 use palisade::{Error, ErrorKind, Lease, LockGuard, LockOptions, Locks, OwnerId};
 use tokio::task::JoinSet;
+use tokio::time::sleep;
 
 use super::checker::Operation;
 use super::models::{Acquired, Act, Released};
@@ -170,6 +171,8 @@ impl Client {
             if self.held.is_empty() {
                 self.key = format!("{}-{}", step / STEPS_AT_A_KEY, self.random.usize(..KEYS));
             }
+            // Holders think, so that others meet them.
+            sleep(Duration::from_micros(self.random.u64(..3_000))).await;
             let wait = plan.patience.mul_f64(self.random.f64()).max(Duration::from_millis(1));
             let any = self.random.usize(..self.held.len().max(1));
             match (self.random.u8(..100), self.held.is_empty()) {
@@ -243,7 +246,7 @@ impl Client {
         let released = guard.release().await;
         let returned = self.record.now();
         let answer = match released.as_ref().map_err(Error::kind) {
-            Ok(()) => Released::Released,
+            Ok(()) => Released::Done,
             Err(ErrorKind::LeaseLost) => Released::Gone,
             Err(ErrorKind::Unavailable) => Released::Unknown,
             Err(kind) => panic!("{kind:?}"),

@@ -13,7 +13,7 @@ fn acquire(owner: usize, entry: usize, answer: Acquired) -> Act {
 }
 
 fn release(owner: usize, entry: usize) -> Act {
-    Act::Release { owner, entry, answer: Released::Released }
+    Act::Release { owner, entry, answer: Released::Done }
 }
 
 fn gone(owner: usize, entry: usize) -> Act {

@@ -55,7 +55,7 @@ pub enum Acquired {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Released {
-    Released,
+    Done,
     /// There was nothing to release.
     Gone,
     Unknown,
@@ -130,7 +130,7 @@ impl Model {
     fn release(self, state: &State, owner: usize, entry: usize, answer: Released) -> Option<State> {
         let released = without(state, entry).filter(|_| state.owner == Some(owner));
         match answer {
-            Released::Released | Released::Unknown => released,
+            Released::Done | Released::Unknown => released,
             Released::Gone if !state.entries.contains(&entry) => Some(state.clone()),
             Released::Gone => released.filter(|_| self.copies),
         }
