@@ -1,16 +1,16 @@
 //! Whether a history of one lock can be put in an order in which a correct lock would have answered
 //! the same.
 //!
-//! The search of Wing and Gong in the form of Lowe ("Testing for linearizability", 2017): the events
-//! are read in order, and an operation is put in place *just in time*, when one returns that must
-//! have taken effect. What is kept is a set of configurations: the state of the lock, and which of
-//! the operations under way have taken effect in it.
+//! The search of Wing and Gong in the form of Lowe ("Testing for linearizability", 2017): the
+//! events are read in order, and an operation is put in place *just in time*, when one returns that
+//! must have taken effect. What is kept is a set of configurations: the state of the lock, and
+//! which of the operations under way have taken effect in it.
 //!
 //! # Why unknown operations are cheap
 //! An operation without an answer stays under way for ever. Of two configurations that differ only
 //! in which unknown operations were used up, the one that used fewer can do all that the other one
-//! can; the other one is dropped. Operations that only look are put in place as soon as they can be:
-//! that costs nothing, and they need not be thought of again.
+//! can; the other one is dropped. Operations that only look are put in place as soon as they can
+//! be: that costs nothing, and they need not be thought of again.
 
 use std::collections::{BTreeSet, HashMap};
 use std::fmt;

@@ -176,7 +176,7 @@ async fn histories_of_redis_behind_a_network_with_faults_are_in_order() {
         add(&mut total, answers.unwrap_or_else(|violation| panic!("{plan:?}: {violation}")));
     }
     println!("{:.1?}: {struck} faults, {total:?}", started.elapsed());
-    assert!(struck > 50, "{struck} faults are no torment");
+    assert!(struck > 20, "{struck} faults are no torment");
     assert_bites(&total, &["granted", "acquire Unknown", "release Done", "release Unknown"]);
 }
 

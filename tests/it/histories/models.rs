@@ -15,8 +15,8 @@
 //! it.
 //!
 //! # Leases
-//! A lease that runs out is a step of nobody, [`Act::Lapse`], which may take effect at any time from
-//! one claim after the acquire was *sent* on, or never: no grant is shorter. A history without
+//! A lease that runs out is a step of nobody, [`Act::Lapse`], which may take effect at any time
+//! from one claim after the acquire was *sent* on, or never: no grant is shorter. A history without
 //! faults has none, because its leases are far longer than it lasts: there, an entry that vanishes
 //! is an error.
 
