@@ -84,7 +84,8 @@ pub trait LockBackend: fmt::Debug + Send + Sync + 'static {
     ///
     /// To ensure correctness:
     /// - only entries of this `(owner, request)` go;
-    /// - those who wait are promoted in the same step, and their grants pushed.
+    /// - those who wait are promoted in the same step, and their grants pushed;
+    /// - `Gone` is not said where an earlier copy of this call may have done it.
     async fn release(&self, part: &Part) -> Result<Released>;
 
     /// Ends a request whatever became of it: not arrived yet, queued, granted, released.

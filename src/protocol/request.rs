@@ -125,7 +125,7 @@ pub enum Released {
     /// The request held its keys until now.
     Released,
     /// The request held none of its keys any more, or not all: it had lapsed, the service had lost
-    /// its memory, or an earlier copy of this call released it.
+    /// its memory, or an earlier call released it.
     Gone,
 }
 

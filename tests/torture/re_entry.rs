@@ -182,8 +182,8 @@ impl Scene {
 
     /// Releases any entry, not only the latest; then the same release arrives once more.
     ///
-    /// Where the reply was `lossy` and got lost, the copy that was sent for it found nothing to
-    /// release; the guard then says that the lease was lost, because it cannot tell the difference.
+    /// Where the reply was `lossy` and got lost, the copy that was sent for it finds nothing to
+    /// release; then the guard does not know, and the watchdog settles it.
     async fn leave(&mut self, stay: &mut Stay, lossy: bool) -> Result<(), String> {
         let before = self.entries().await?;
         let at = loop {
@@ -197,10 +197,6 @@ impl Scene {
         }
         match stay.guards.swap_remove(at).0.release().await {
             Ok(()) => self.count("left"),
-            Err(error) if lossy && error.kind() == ErrorKind::LeaseLost => {
-                self.count("left");
-                self.count("left_unsure");
-            }
             Err(error) if error.is_unavailable() => {
                 self.count("unanswered");
                 self.settle(stay).await?;

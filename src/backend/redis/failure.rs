@@ -13,6 +13,13 @@ const PERMISSIONS: &str = "the Redis user lacks a permission; it needs ~palisade
 /// Scripts with flags came with version 7.0.
 const TOO_OLD: &str = "the Redis server is too old; version 7.0 or later is needed";
 
+/// A release found nothing, after a copy of it whose answer was lost.
+pub(super) fn first_copy() -> Error {
+    let detail = "the answer to the release was lost, and a second one found nothing to release: \
+                  the first one did it, or the lock had been lost before";
+    Error::new(ErrorKind::Unavailable, "release", detail)
+}
+
 /// What to do about an error of a command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Remedy {

@@ -54,6 +54,13 @@ pub(super) struct Link {
     changed: Notify,
 }
 
+/// What the server said, and whether it may have run an earlier copy of the call whose answer was
+/// lost.
+pub(super) struct Answer {
+    pub(super) value: Value,
+    pub(super) repeated: bool,
+}
+
 /// What the one who connects has to know.
 struct Turn {
     not_before: Instant,
@@ -92,6 +99,10 @@ impl Link {
 
     /// Runs a script.
     pub(super) async fn call(&self, operation: &'static str, call: &Call) -> Result<Value> {
+        self.run(operation, call).await.map(|answer| answer.value)
+    }
+
+    async fn run(&self, operation: &'static str, call: &Call) -> Result<Answer> {
         let scripts = &self.scripts;
         self.send(operation, call.by_hash(scripts), || Some(call.by_text(scripts))).await
     }
@@ -102,19 +113,23 @@ impl Link {
         operation: &'static str,
         share: impl FnOnce() -> Option<Share>,
         alone: impl FnOnce() -> Call,
-    ) -> Result<Value> {
+    ) -> Result<Answer> {
         let (_under_way, crowded) = self.together.enter();
+        let mut repeated = false;
         if crowded
             && let Some(live) = self.current()
             && let Some(share) = share()
         {
             let answer = self.together.join(share);
             let answer = live.answer(async { answer.await.map_err(|_| lost_connection()) }).await;
-            if let Some(value) = answer.ok().filter(|value| *value != Value::Int(0)) {
-                return Ok(value);
+            match answer {
+                Ok(Value::Int(0)) => {}
+                Ok(value) => return Ok(Answer { value, repeated }),
+                Err(_) => repeated = true,
             }
         }
-        self.call(operation, &alone()).await
+        let answer = self.run(operation, &alone()).await?;
+        Ok(Answer { repeated: repeated || answer.repeated, ..answer })
     }
 
     /// Sends what is to travel together. Runs until it is dropped.
@@ -148,7 +163,7 @@ impl Link {
 
     /// Sends one command.
     pub(super) async fn command(&self, operation: &'static str, command: Cmd) -> Result<Value> {
-        self.send(operation, command, || None).await
+        self.send(operation, command, || None).await.map(|answer| answer.value)
     }
 
     async fn send(
@@ -156,12 +171,13 @@ impl Link {
         operation: &'static str,
         mut command: Cmd,
         text: impl Fn() -> Option<Cmd>,
-    ) -> Result<Value> {
+    ) -> Result<Answer> {
         let mut patience = Patience::new(self.patience);
+        let mut repeated = false;
         loop {
             let live = self.live(operation, &mut patience).await?;
             let error = match live.send(&command).await {
-                Ok(value) => return Ok(value),
+                Ok(value) => return Ok(Answer { value, repeated }),
                 Err(error) => error,
             };
             match remedy(&error) {
@@ -172,7 +188,10 @@ impl Link {
                     }
                     None => return Err(explain(operation, error)),
                 },
-                Remedy::Reconnect => live.retired.cancel(),
+                Remedy::Reconnect => {
+                    live.retired.cancel();
+                    repeated = true;
+                }
                 Remedy::Wait => {}
                 Remedy::GiveUp => return Err(explain(operation, error)),
             }

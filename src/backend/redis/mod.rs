@@ -229,7 +229,7 @@ impl LockBackend for RedisBackend {
         self.check("acquire", ask.part.partition)?;
         let (share, alone) = (|| Share::acquire(ask), || request::acquire(ask));
         let answer = self.link.share("acquire", share, alone).await?;
-        reply::acquired(&answer, &ask.part)
+        reply::acquired(&answer.value, &ask.part)
     }
 
     async fn renew(&self, partition: Partition, renewals: &[Renewal]) -> Result<Vec<Renewed>> {
@@ -246,7 +246,10 @@ impl LockBackend for RedisBackend {
         self.check("release", part.partition)?;
         let (share, alone) = (|| Some(Share::release(part)), || request::release(part));
         let answer = self.link.share("release", share, alone).await?;
-        reply::released(&answer)
+        match reply::released(&answer.value)? {
+            Released::Gone if answer.repeated => Err(failure::first_copy()),
+            released => Ok(released),
+        }
     }
 
     async fn cancel(&self, part: &Part) -> Result<()> {

@@ -93,8 +93,6 @@ async fn play(cell: Cell, lane: Lane) -> &'static str {
         (Operation::Release, Err(ErrorKind::Unavailable)) => {
             ("given up, and finished later", after)
         }
-        // A copy of a release finds nothing, and cannot tell why.
-        (Operation::Release, Err(ErrorKind::LeaseLost)) => ("released by the first copy", after),
         (_, Err(ErrorKind::Unavailable)) => ("failed, and taken back", before),
         (_, Err(kind)) => panic!("{kind:?}"),
     };
