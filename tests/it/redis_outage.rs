@@ -129,7 +129,7 @@ async fn a_reply_that_was_lost_is_asked_for_again_and_the_operation_happens_once
     assert_eq!(renew(&redis, &first, false).await, Renewed::Held(None));
     lose();
     let unsure = redis.release(&first.part).await.unwrap_err();
-    assert_eq!(unsure.kind(), ErrorKind::Unavailable, "the copy finds nothing: {unsure}");
+    assert_eq!(unsure.kind(), palisade::ErrorKind::Unavailable, "the copy finds nothing: {unsure}");
     assert_eq!(redis.release(&first.part).await.unwrap(), Released::Gone);
     assert!(matches!(renew(&redis, &second, true).await, Renewed::Held(Some(_))));
     lose();
