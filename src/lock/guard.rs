@@ -175,12 +175,11 @@ impl LockGuard {
             let answer = self.service.backend.renew(partition, &renewals);
             match self.service.call(None, answer).await?.first() {
                 Some(Renewed::Held(_)) => {
-                    kept.confirmed.cancel();
-                    kept.state.extend(kept.part.request, sent + lease.get() - lease.drift());
+                    kept.renewed(sent);
                     self.service.counters.renewed();
                 }
                 _ => {
-                    kept.state.lose();
+                    kept.lose();
                     return Err(lost("renew", hold.part()));
                 }
             }

@@ -12,14 +12,15 @@ use tokio_util::sync::CancellationToken;
 
 use crate::backend::LockBackend;
 use crate::error::{Error, ErrorKind, Result};
-use crate::protocol::{Acquire, Acquired, Admission, Backoff, Part, Standing};
+use crate::protocol::{Acquire, Acquired, Admission, Backoff, Grant, Part, Standing};
 use crate::types::{
     ClientId, FencingToken, Lease, LeaseState, Mode, OwnerId, Partition, RequestId, Want,
 };
 
 use super::LockOptions;
-use super::hold::{Hold, Kept, lost};
-use super::owners::{Entrance, Owners};
+use super::hold::{Hold, Kept, Taker, lost};
+use super::lane::{self, Carrier, KeySet, Lane, Lanes, Place, Seat, Way};
+use super::owners::{Alias, Entrance, Owners};
 use super::schedule::{Job, Schedule};
 use super::statistics::Counters;
 use super::wait::{Turn, Waiting};
@@ -29,6 +30,7 @@ pub(super) struct Service {
     pub(super) client: ClientId,
     pub(super) options: LockOptions,
     pub(super) owners: Arc<Owners>,
+    pub(super) lanes: Arc<Lanes>,
     pub(super) schedule: Arc<Schedule>,
     pub(super) counters: Arc<Counters>,
     pub(super) closing: CancellationToken,
@@ -54,6 +56,8 @@ pub(super) struct Order {
     /// Sorted by (partition, key), each key once.
     pub(super) wants: Vec<(Partition, Want)>,
     pub(super) owner: OwnerId,
+    /// Whether the owner may be known to another process, which then knows it at the service.
+    pub(super) lent: bool,
     pub(super) lease: Lease,
     /// Until when to wait; `None` tries once.
     pub(super) deadline: Option<Instant>,
@@ -73,6 +77,21 @@ struct Terms {
     queue: bool,
     retry: bool,
     re_enters: bool,
+    /// Under which name the service knows the owner, if not its own.
+    alias: Option<Alias>,
+}
+
+/// For whom the service is asked.
+#[derive(Default)]
+struct Asking {
+    carrier: Option<Carrier>,
+    seat: Option<Seat>,
+}
+
+impl Asking {
+    fn lane(&self) -> Option<&Arc<Lane>> {
+        self.carrier.as_ref().and_then(Carrier::lane)
+    }
 }
 
 impl Service {
@@ -114,7 +133,7 @@ impl Service {
     ) -> Result<()> {
         let mut todo = vec![wants];
         while let Some(wants) = todo.pop() {
-            let Entrance::Open(admission, ticket) =
+            let Entrance::Open(admission, ticket, alias) =
                 self.owners.enter(self.client, order.owner, partition, &wants)
             else {
                 let detail = "a store has rejected this owner's token; start over as a new owner";
@@ -122,7 +141,7 @@ impl Service {
             };
             let terms = match admission {
                 Admission::Ask { standing, queue, retry } => {
-                    Terms { standing, queue, retry, re_enters: ticket.is_none() }
+                    Terms { standing, queue, retry, re_enters: ticket.is_none(), alias }
                 }
                 Admission::Split { held, new } => {
                     todo.extend([new, held]);
@@ -153,25 +172,32 @@ impl Service {
     ) -> Result<Option<Hold>> {
         let started = Instant::now();
         let mut attempt = 0;
+        let mut asking = Asking::default();
+        match self.way(order, partition, wants, terms) {
+            Some(Way::Alone(seat)) => asking.seat = Some(seat),
+            Some(Way::Carry(carrier)) => asking.carrier = Some(carrier),
+            Some(Way::Join(place)) => match self.stand_in_lane(order, wants, place).await? {
+                lane::Turn::Held(hold) => return held(order, hold).map(Some),
+                lane::Turn::Carry(carrier) => asking.carrier = Some(carrier),
+                lane::Turn::Alone => {}
+            },
+            None => {}
+        }
         loop {
-            let request = RequestId::next();
-            let part = Part { partition, owner: order.owner, request, wants: wants.to_vec() };
-            let ask = Acquire {
-                part,
-                client: self.client,
-                lease: order.lease,
-                standing: terms.standing,
-                wait: terms.queue && order.deadline.is_some(),
-                floor: order.floor,
-                limit: order.limit,
-                metadata: order.metadata.clone(),
-            };
-            let refusal = match self.ask_once(order, ask).await? {
-                Answer::Held(hold) if order.state.is_held() => return Ok(Some(hold)),
-                Answer::Held(hold) => return Err(lost("acquire", hold.part())),
-                Answer::Forgotten if self.schedule.is_alive() => continue,
-                Answer::Forgotten => return Err(closed()),
-                Answer::Busy(error, waiters) => (error, waiters),
+            if !self.schedule.is_alive() {
+                return Err(closed());
+            }
+            let ask = self.request(order, partition, wants, terms, &asking);
+            let refusal = match self.ask_once(order, terms, ask, &mut asking).await {
+                Ok(Answer::Held(hold)) => return held(order, hold).map(Some),
+                Ok(Answer::Forgotten) => continue,
+                Ok(Answer::Busy(error, waiters)) => (error, waiters),
+                Err(error) => {
+                    if let Some(lane) = asking.lane().filter(|_| error.is_unavailable()) {
+                        lane.disperse();
+                    }
+                    return Err(error);
+                }
             };
             let pause = self.pause(order, terms, refusal, attempt, started.elapsed())?;
             tokio::time::sleep(pause).await;
@@ -179,6 +205,71 @@ impl Service {
                 return Ok(None);
             }
             attempt += 1;
+        }
+    }
+
+    fn request(
+        &self,
+        order: &Order,
+        partition: Partition,
+        wants: &[Want],
+        terms: Terms,
+        asking: &Asking,
+    ) -> Acquire {
+        let lane = asking.lane();
+        let alias = lane.map(|lane| lane.owner()).or(terms.alias.map(|alias| alias.owner));
+        let (owner, request) = (alias.unwrap_or(order.owner), RequestId::next());
+        Acquire {
+            part: Part { partition, owner, request, wants: wants.to_vec() },
+            client: self.client,
+            lease: order.lease,
+            standing: terms.standing,
+            wait: terms.queue && order.deadline.is_some(),
+            floor: order.floor,
+            limit: order.limit,
+            block: lane.map_or(1, |lane| lane.block()),
+            metadata: order.metadata.clone(),
+        }
+    }
+
+    /// How a request goes on that may share a place in line with others of this process: one that
+    /// waits for exclusive keys in one partition, as an owner that nobody else knows. `None` for
+    /// any other.
+    fn way(
+        &self,
+        order: &Order,
+        partition: Partition,
+        wants: &[Want],
+        terms: Terms,
+    ) -> Option<Way> {
+        let rules = self.options.hand_over;
+        let may =
+            rules.enabled && order.renews && !order.lent && self.backend.capabilities().pushes;
+        let waits = terms.queue && terms.standing == Standing::Fresh && order.deadline.is_some();
+        let plain = order.metadata.is_none() && order.floor.is_none();
+        let whole = wants.len() == order.wants.len();
+        let exclusive = || wants.iter().all(|want| want.mode == Mode::Exclusive);
+        (may && waits && plain && whole && exclusive()).then(|| {
+            let set = KeySet { partition, lease: order.lease, wants: wants.to_vec() };
+            self.lanes.enter(set, (order.owner, &order.state, order.max_hold), rules)
+        })
+    }
+
+    async fn stand_in_lane(
+        &self,
+        order: &Order,
+        wants: &[Want],
+        place: Place,
+    ) -> Result<lane::Turn> {
+        let started = Instant::now();
+        let Place { lane, turn } = place;
+        let told = match order.deadline {
+            Some(deadline) => tokio::time::timeout_at(deadline, turn).await,
+            None => Ok(turn.await),
+        };
+        match told {
+            Ok(turn) => Ok(turn.unwrap_or(lane::Turn::Alone)),
+            Err(_) => Err(in_vain(lane.is_unanswered(), wants, started)),
         }
     }
 
@@ -207,9 +298,15 @@ impl Service {
         }
     }
 
-    async fn ask_once(self: &Arc<Self>, order: &Order, ask: Acquire) -> Result<Answer> {
-        let sent = Instant::now();
-        let waiting = Arc::new(Waiting::new(ask.part.clone(), ask.lease, sent));
+    async fn ask_once(
+        self: &Arc<Self>,
+        order: &Order,
+        terms: Terms,
+        ask: Acquire,
+        asking: &mut Asking,
+    ) -> Result<Answer> {
+        let (sent, lane) = (Instant::now(), asking.lane().cloned());
+        let waiting = Arc::new(Waiting::new(ask.part.clone(), ask.lease, sent, lane));
         let listening = Job::Wait(Arc::clone(&waiting));
         self.schedule.put(ask.part.request, listening.clone(), None);
         let mut pending = Pending { service: self, waiting: &waiting, open: true };
@@ -229,14 +326,14 @@ impl Service {
         match acquired {
             Acquired::Granted(grant) => {
                 let deadline = sent + order.lease.get() - order.lease.drift();
-                let hold = self.start(order, &ask.part, grant.tokens, deadline, true);
+                let hold = self.start(order, terms, &ask.part, (grant, deadline, true), asking);
                 pending.close();
                 Ok(Answer::Held(hold))
             }
             Acquired::Queued { ask_again_in, .. } => {
                 let at = Instant::now() + ask_again_in;
                 self.schedule.again(ask.part.request, &listening, at);
-                self.stand_in_line(order, &mut pending).await
+                self.stand_in_line(order, terms, &mut pending, asking).await
             }
             Acquired::Busy { key, holders, waiters } => {
                 pending.close();
@@ -265,7 +362,9 @@ impl Service {
     async fn stand_in_line(
         self: &Arc<Self>,
         order: &Order,
+        terms: Terms,
         pending: &mut Pending<'_>,
+        asking: &mut Asking,
     ) -> Result<Answer> {
         let started = Instant::now();
         let part = &pending.waiting.part;
@@ -275,45 +374,41 @@ impl Service {
         };
         match turn {
             Ok(Turn::Granted { grant, deadline, confirmed }) => {
-                let hold = self.start(order, part, grant.tokens, deadline, confirmed);
+                let hold = self.start(order, terms, part, (grant, deadline, confirmed), asking);
                 pending.close();
                 Ok(Answer::Held(hold))
             }
             Ok(Turn::Forgotten) => Ok(Answer::Forgotten),
-            Err(_) if pending.waiting.is_unanswered() => {
-                let detail = "the lock service stopped answering while the request stood in line";
-                Err(Error::new(ErrorKind::Unavailable, "acquire", detail))
-            }
-            Err(_) => {
-                let busy = Error::new(ErrorKind::Busy, "acquire", "still in line");
-                let key = part.wants.first().map(|want| want.key.clone());
-                let busy = key.into_iter().fold(busy, Error::with_key);
-                Err(timed_out(&busy, started.elapsed()))
-            }
+            Err(_) => Err(in_vain(pending.waiting.is_unanswered(), &part.wants, started)),
         }
     }
 
     fn start(
         self: &Arc<Self>,
         order: &Order,
+        terms: Terms,
         part: &Part,
-        tokens: Vec<FencingToken>,
-        deadline: Instant,
-        confirmed: bool,
+        (grant, deadline, confirmed): (Grant, Instant, bool),
+        asking: &mut Asking,
     ) -> Hold {
-        let token = CancellationToken::new();
-        if confirmed {
-            token.cancel();
+        let Grant { mut tokens, block, .. } = grant;
+        let mut alias = terms.alias;
+        let lane = asking.carrier.take().and_then(Carrier::granted);
+        if let (Some(lane), Some(token)) = (&lane, tokens.first().copied()) {
+            alias = Some(Alias { owner: lane.owner(), token, instead: token });
+            lane.granted(order.owner, token, block);
+        } else if let Some(alias) = alias {
+            tokens = alias.correct(tokens);
         }
-        let kept = Kept {
-            part: part.clone(),
-            lease: order.lease,
-            state: Arc::clone(&order.state),
-            renews: order.renews,
-            last: Instant::now() + order.max_hold,
-            confirmed: token,
-        };
-        Hold::start(Arc::clone(self), kept, tokens, deadline)
+        let last = Instant::now() + order.max_hold;
+        let state = Arc::clone(&order.state);
+        let kept = Kept::new((part.clone(), order.lease, order.renews), (state, last), lane);
+        if confirmed {
+            kept.confirmed.cancel();
+        }
+        let (state, seat) = (Arc::clone(&order.state), asking.seat.take());
+        let taker = Taker { owner: order.owner, state, alias, seat };
+        Hold::start(Arc::clone(self), kept, tokens, deadline, taker)
     }
 
     fn upgrade(&self, order: &Order, want: Want) -> Error {
@@ -366,6 +461,22 @@ impl Drop for Pending<'_> {
             self.service.settle(self.waiting.part.clone(), true, until);
         }
     }
+}
+
+/// What was granted, if the lease has not been lost while the answer was on its way.
+fn held(order: &Order, hold: Hold) -> Result<Hold> {
+    if order.state.is_held() { Ok(hold) } else { Err(lost("acquire", hold.part())) }
+}
+
+/// The error of a request that was still in line when its time was over.
+fn in_vain(unanswered: bool, wants: &[Want], since: Instant) -> Error {
+    if unanswered {
+        let detail = "the lock service stopped answering while the request stood in line";
+        return Error::new(ErrorKind::Unavailable, "acquire", detail);
+    }
+    let busy = Error::new(ErrorKind::Busy, "acquire", "still in line");
+    let key = wants.first().map(|want| want.key.clone());
+    timed_out(&key.into_iter().fold(busy, Error::with_key), since.elapsed())
 }
 
 fn timed_out(busy: &Error, waited: Duration) -> Error {

@@ -229,6 +229,7 @@ impl State {
         }
         for queue in &mut self.queues {
             queue.take_hand_overs();
+            queue.take_followed();
         }
         let mut tickets = self.tickets;
         for client in &mut self.clients {

@@ -317,6 +317,7 @@ impl State {
             wait: terms.queue,
             floor: None,
             limit: 16,
+            block: 1,
             metadata: None,
         };
         Request {

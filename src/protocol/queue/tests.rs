@@ -28,6 +28,7 @@ impl Bench {
             wait: true,
             floor: None,
             limit: 8,
+            block: 1,
             metadata: None,
         }
     }
