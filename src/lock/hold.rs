@@ -226,8 +226,8 @@ impl Hold {
         true
     }
 
-    /// Gives the grant up and waits for the answer, if it is not passed on. Dropping the future hands the rest to the
-    /// watchdog.
+    /// Gives the grant up and waits for the answer, if it is not passed on. Dropping the future
+    /// hands the rest to the watchdog.
     pub(super) async fn release(mut self) -> Result<()> {
         if self.pass_on() {
             return Ok(());

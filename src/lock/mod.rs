@@ -14,6 +14,7 @@
 //! # }
 //! ```
 
+mod asking;
 mod guard;
 mod hold;
 mod lane;

@@ -1,8 +1,9 @@
 -- Asks for all keys of a set: the slow way, behind acquire_fast.lua, slots.lua and line.lua.
 --
 -- ARGV[5]: f (fresh), b (fresh, with a block of tokens) or i (incremental), w (wait) or t (try),
--- then :client:limit, refresh, waiter and claim times in µs, and for b the block. The order of the checks is that of protocol::Queue::acquire. A
--- place in line is a number from the token counter: it only grows, whatever the clock does.
+-- then :client:limit, refresh, waiter and claim times in µs, and for b the block. The order
+-- of the checks is that of protocol::Queue::acquire. A place in line is a number from the token
+-- counter: it only grows, whatever the clock does.
 local owner, r = sub(ARGV[1], 1, 32), sub(ARGV[1], 33)
 local standing_as, wait, client, limit, refresh, life, claim, block =
   match(ARGV[5], '^([fbi])([wt]):(%x+):(%d+):(%d+):(%d+):(%d+):?(%d*)$')
