@@ -147,7 +147,8 @@ impl Locks {
         LockRequest::new(Arc::clone(&self.service), keys, Mode::Exclusive)
     }
 
-    /// A new owner of this service, to be named in several requests.
+    /// A new owner of this service, to be named in several requests, also of other processes.
+    /// Requests that name one never pass their locks on within the process.
     #[must_use]
     pub fn owner(&self) -> OwnerId {
         OwnerId::new(self.service.client)
@@ -171,7 +172,8 @@ impl Locks {
         self.service.counters.snapshot()
     }
 
-    /// Shows who holds a key and who waits for it, as the service sees it.
+    /// Shows who holds a key and who waits for it, as the service sees it: waiters of one process
+    /// that pass a lock among themselves have one entry, under an owner of its own.
     ///
     /// # Errors
     /// [`InvalidInput`](ErrorKind::InvalidInput) for a bad key, and the errors of the service.

@@ -11,6 +11,10 @@
 //! past blocked waiters. Shared never becomes exclusive in place: a waiter whose owner came to hold
 //! one of its keys in a weaker mode meanwhile waits until that entry has gone.
 //!
+//! A grant may reserve a block of tokens, for a client that passes it on among its own waiters. A
+//! request that stands in line behind another one makes it *followed*, so that the other's client
+//! knows that it is not alone.
+//!
 //! A lapse has no timer: it is found by whoever looks at the key next. Waiters refresh, so somebody
 //! looks.
 
