@@ -26,22 +26,22 @@ struct Point {
 }
 
 pub fn run(bench: &mut Bench) {
-    let points = measure(bench, "multi_thread", multi_thread());
+    let points = measure(bench, "multi_thread", multi_thread(), bench.window(100, 500));
     bench.report.add(points.iter().map(|point| {
         let goal = if point.tasks >= MANY_TASKS { 1.0 } else { 0.85 };
         point.ratio().goal(Goal::AtLeast(goal))
     }));
     bench.report.add(points.iter().map(|point| point.cpu().goal(Goal::AtMost(5.0))));
     if !bench.quick {
-        let points = measure(bench, "current_thread", current_thread());
+        let window = Duration::from_millis(300);
+        let points = measure(bench, "current_thread", current_thread(), window);
         let on_one_thread = |figure: Figure| figure.at("runtime", "current_thread");
         bench.report.add(points.iter().map(|point| on_one_thread(point.ratio())));
         bench.report.add(points.iter().map(|point| on_one_thread(point.cpu())));
     }
 }
 
-fn measure(bench: &Bench, runtime: &str, tokio: Runtime) -> Vec<Point> {
-    let window = bench.window(100, 600);
+fn measure(bench: &Bench, runtime: &str, tokio: Runtime, window: Duration) -> Vec<Point> {
     let server = RedisServer::start();
     tokio.block_on(async {
         let locks = palisade::connect(&server.url()).await.expect("a lock service");

@@ -26,8 +26,8 @@ const OPENING: i64 = 1_000_000;
 
 const TABLES: &str = include_str!("sql/tables.sql");
 const FENCE: &str = include_str!("sql/fence.sql");
-const OPEN: &str = "INSERT INTO account SELECT 'account:' || n, $2 FROM generate_series(0, $1 - 1) AS n \
-     ON CONFLICT DO NOTHING";
+const OPEN: &str = "INSERT INTO account SELECT 'account:' || n, $2 \
+                    FROM generate_series(0, $1 - 1) AS n ON CONFLICT DO NOTHING";
 const READ: &str = "SELECT id, balance FROM account WHERE id = ANY ($1) ORDER BY id";
 const READ_AND_LOCK: &str =
     "SELECT id, balance FROM account WHERE id = ANY ($1) ORDER BY id FOR UPDATE";
@@ -36,7 +36,7 @@ const SUM: &str = "SELECT sum(balance)::bigint FROM account";
 
 pub fn run(bench: &mut Bench) {
     let (redis, postgres) = (RedisServer::start(), PostgresServer::start());
-    let window = bench.window(250, 2_000);
+    let window = bench.window(250, 1_200);
     let (mut transfers, mut plains) = (Vec::new(), Vec::new());
     multi_thread().block_on(async {
         for tasks in TASKS {

@@ -27,8 +27,8 @@ use planting::Planting;
 // exhaustive: it is written down as a constant.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Edit {
-    /// Which text: `acquire`, `renew`, `release`, `cancel` or `inspect` for a script of Redis, each
-    /// with the pieces that it is made of; `fence` for the statement of a store.
+    /// Which text: `acquire`, `renew`, `release`, `cancel`, `inspect` or `together` for a script of
+    /// Redis, each with the pieces that it is made of; `fence` for the statement of a store.
     pub of: &'static str,
     /// What is replaced. It must be there exactly once.
     pub fragment: &'static str,

@@ -19,6 +19,8 @@ pub struct Findings {
     /// What must not have happened, in words.
     pub violations: Vec<String>,
     needs: Vec<Need>,
+    /// Why the run could not be made.
+    failure: Option<String>,
 }
 
 /// Something that a run must have provoked, or it proves nothing.
@@ -57,6 +59,11 @@ pub struct Summary {
 }
 
 impl Findings {
+    /// Those of a run that could not be made.
+    pub fn none(failure: String) -> Self {
+        Self { failure: Some(failure), ..Self::default() }
+    }
+
     pub fn violation(&mut self, what: impl Into<String>) {
         self.violations.push(what.into());
     }
@@ -69,7 +76,7 @@ impl Findings {
     pub fn verdict(&self) -> Verdict {
         if self.lost > 0 || !self.violations.is_empty() {
             Verdict::Violated
-        } else if self.needs.iter().any(|need| need.seen < need.least) {
+        } else if self.failure.is_some() || self.needs.iter().any(|need| need.seen < need.least) {
             Verdict::Void
         } else {
             Verdict::Holds
@@ -82,6 +89,8 @@ impl Findings {
         let short = short.map(|Need { what, seen, least }| {
             format!("void: {what} is {seen}, and must be at least {least}")
         });
-        self.violations.iter().map(|what| format!("violation: {what}")).chain(short).collect()
+        let failure = self.failure.iter().map(|why| format!("void: {why}"));
+        let violations = self.violations.iter().map(|what| format!("violation: {what}"));
+        violations.chain(failure).chain(short).collect()
     }
 }

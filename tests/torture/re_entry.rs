@@ -60,12 +60,12 @@ pub async fn run(stage: &Stage) -> Result<Findings> {
         violation.into_iter().for_each(|what| findings.violation(what));
     }
     let figure = |name: &str| findings.figures.get(name).copied().unwrap_or(0);
-    let (entered, left) = (figure("entered"), figure("left"));
+    let wrong = figure("extra_releases") + figure("foreign_releases");
     let losses = figure("requests_lost") + figure("replies_lost");
-    findings.ok = entered + left;
+    findings.ok =
+        figure("entered") + figure("left") + wrong + figure("intruders") + figure("limited");
     findings.unknown = figure("unanswered");
-    findings.bites =
-        losses + figure("wrong_order") + figure("extra_releases") + figure("foreign_releases");
+    findings.bites = losses + figure("wrong_order") + wrong;
     let seconds = stage.time.as_secs();
     findings.need("operations", findings.ok, FULL.0 * seconds.min(FULL.1) / FULL.1);
     findings.need("bites", findings.bites, FULL.0 * seconds.min(FULL.1) / FULL.1 / 10);
@@ -128,15 +128,15 @@ impl Scene {
             if stay.guards.is_empty() {
                 break;
             }
-            match self.random.u8(..10) {
-                0..4 if stay.guards.len() < DEPTH => {
+            match self.random.u8(..20) {
+                0..8 if stay.guards.len() < DEPTH => {
                     let near = self.random.bool();
                     self.enter(stay, near).await?;
                 }
-                0..4 => self.enter_too_often(stay).await?,
-                4..7 => self.leave(stay, false).await?,
-                7 => self.release_as_another(stay).await?,
-                8 => self.intrude(stay).await?,
+                0..8 => self.enter_too_often(stay).await?,
+                8..14 => self.leave(stay, false).await?,
+                14..17 => self.release_as_another(stay).await?,
+                17..19 => self.intrude(stay).await?,
                 _ if self.proxy.is_some() => self.lose_a_message(stay).await?,
                 _ => {}
             }

@@ -14,7 +14,6 @@ pub struct Phase {
     pub lost: u64,
     pub stale: u64,
     pub lost_leases: u64,
-    pub ended_sessions: u64,
     pub violations: Vec<String>,
 }
 
@@ -87,7 +86,6 @@ impl Phase {
         match operation.why {
             Some(Failure::Stale) => self.stale += 1,
             Some(Failure::Lost) => self.lost_leases += 1,
-            Some(Failure::Ended) => self.ended_sessions += 1,
             Some(Failure::Other(_)) | None => {}
         }
     }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use palisade::{Coordinator, Locks, SqlStore, Tx};
+use palisade::{Coordinator, Error, ErrorKind, Locks, SqlStore, Tx};
 use sqlx::postgres::PgPoolOptions;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions};
 use sqlx::{Postgres, Sqlite};
@@ -139,9 +139,21 @@ impl Store {
         either!(self, store => {
             let mut tx = store.pool().begin().await?;
             write_down!(operation, &mut *tx);
-            tx.commit().await.map_err(super::in_doubt)?;
+            tx.commit().await.map_err(in_doubt)?;
         });
         Ok(())
+    }
+
+    /// How many sessions the database has ended, or was told to end. The workers whose branches
+    /// they were are counted by what they noticed first, as a rule the loss of the lease.
+    pub async fn ended_sessions(&self) -> Result<u64> {
+        // Through JSON, because servers before version 14 do not have these columns.
+        let count = "SELECT coalesce((to_jsonb(d) ->> 'sessions_killed')::bigint, 0)
+            + coalesce((to_jsonb(d) ->> 'sessions_fatal')::bigint, 0)
+            FROM pg_stat_database AS d WHERE datname = current_database()";
+        let Self::Postgres(store) = self else { return Ok(0) };
+        let count: i64 = sqlx::query_scalar(count).fetch_one(store.pool()).await?;
+        Ok(count as u64)
     }
 
     /// The counters whose names begin with `prefix`.
@@ -163,4 +175,9 @@ impl Store {
         let row = |(id, key, value, token, owner)| Row { id, key, value, token, owner };
         Ok(rows.into_iter().map(row).collect())
     }
+}
+
+/// A COMMIT that was sent and not answered may have happened.
+fn in_doubt(error: sqlx::Error) -> Error {
+    Error::new(ErrorKind::InDoubt, "commit", "the reply was lost").with_source(error)
 }

@@ -109,7 +109,7 @@ impl Worker {
             asked,
             granted,
             listens: random.bool(),
-            believed: granted,
+            believed: 0,
             told: None,
             late: 0,
             stopped: 0,
@@ -132,6 +132,10 @@ impl Worker {
             time = longest.mul_f64(random.f64());
         }
         watch(&guard, &mut hold, time).await;
+        if hold.stopped > 0 {
+            // Time for somebody else to be granted the key before this one's first call.
+            sleep(lease / 5).await;
+        }
         hold.called = clock::now();
         hold.answer = match guard.renew().await {
             Ok(()) => Outcome::Ok,

@@ -2,6 +2,9 @@
 //! stopped, cut off, or forgotten by the service, the loser's next call fails; and one that runs is
 //! told before anybody else is granted.
 //!
+//! The control is in the same history: a holder that was overtaken before its next call, and had
+//! trusted in its grant, would have been one of two. A run without enough of them is void.
+//!
 //! Locks in memory are those of one process, so there the workers are the tasks of one.
 
 mod holder;
@@ -43,7 +46,7 @@ pub struct Hold {
     pub granted: u64,
     /// Whether the holder waited to be told of a loss, or asked again and again.
     pub listens: bool,
-    /// The last time that it asked and was told that it still holds the key.
+    /// The last time that it asked and was told that it still holds the key; 0 if it never was.
     pub believed: u64,
     /// When it was told that the lease is lost.
     pub told: Option<u64>,
@@ -162,7 +165,7 @@ impl Nemesis<'_> {
     async fn stops(&self) {
         let mut random = self.stage.random(101);
         let mut next = Instant::now() + Duration::from_millis(300);
-        while self.wait(&mut next, Duration::from_secs(3)).await {
+        while self.wait(&mut next, Duration::from_secs(2)).await {
             let mut victim = self.pool.take(&mut random).await;
             let from = clock::now();
             if victim.stopped_at_seam(SEAM).await.is_some() {

@@ -3,6 +3,7 @@
 //! Tokens tell who was granted first: a hold with a higher token came later. All times are of one
 //! clock, taken after a grant and before a question, so that what they prove is never too much.
 
+use std::collections::HashMap;
 use std::time::Duration;
 
 use super::{Fault, Hold, Kind};
@@ -29,6 +30,10 @@ pub struct Seen {
 
 pub fn judge(holds: &[Hold], faults: &[Fault], peace: u64, lease: Duration) -> Seen {
     let mut seen = Seen::default();
+    let mut of_key: HashMap<&str, Vec<&Hold>> = HashMap::new();
+    for hold in holds {
+        of_key.entry(&hold.key).or_default().push(hold);
+    }
     for hold in holds {
         seen.ok += u64::from(hold.answer == Outcome::Ok);
         seen.peaceful += u64::from(hold.called < peace);
@@ -39,18 +44,16 @@ pub fn judge(holds: &[Hold], faults: &[Fault], peace: u64, lease: Duration) -> S
             let what = format!("stopped for longer than its lease, and the call worked: {hold:?}");
             seen.findings.violation(what);
         }
-        seen.against_the_next(hold, holds, faults);
+        seen.against_the_next(hold, &of_key[hold.key.as_str()], faults);
     }
     seen
 }
 
 impl Seen {
-    /// A hold and whoever was granted the key after it, first of all.
-    fn against_the_next(&mut self, hold: &Hold, holds: &[Hold], faults: &[Fault]) {
-        let conflicts = |other: &&Hold| {
-            other.key == hold.key && other.token > hold.token && !(other.shared && hold.shared)
-        };
-        let next = holds.iter().filter(conflicts).min_by_key(|other| other.granted);
+    /// A hold, and of those of its key whoever was granted the key after it, first of all.
+    fn against_the_next(&mut self, hold: &Hold, holds: &[&Hold], faults: &[Fault]) {
+        let conflicts = |other: &&Hold| other.token > hold.token && !(other.shared && hold.shared);
+        let next = holds.iter().copied().filter(conflicts).min_by_key(|other| other.granted);
         let touched = |kind: Kind| {
             let worker = hold.id.split(['.', '-']).next().unwrap_or_default();
             faults.iter().any(|fault| {

@@ -12,14 +12,14 @@ use Case::{Meaningless, Planted};
 use Scenario::{FailureInAcquire, LateRelease, LateRenewal, LostReply, Overlap, Overtaken};
 
 /// A bug, and what it is on each backend.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 pub struct Bug {
     pub name: &'static str,
     redis_postgres: Case,
     memory_sqlite: Case,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 pub enum Case {
     Planted(Scenario, Plant),
     /// There is no such bug there, and why.
@@ -27,7 +27,7 @@ pub enum Case {
 }
 
 /// Where a bug is.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 pub enum Plant {
     Nowhere,
     /// In the scripts of the Redis driver.
@@ -50,7 +50,7 @@ pub enum Scenario {
     Overlap,
 }
 
-pub static BUGS: [Bug; 9] = [
+pub const BUGS: [Bug; 9] = [
     Bug {
         name: "no fence",
         redis_postgres: Planted(Overtaken(Loss::Lease), Plant::Fence(&postgres::NO_FENCE)),
@@ -107,20 +107,20 @@ impl Bug {
     ///
     /// # Panics
     /// When there is none.
-    pub fn named(name: &str) -> &'static Self {
-        BUGS.iter().find(|bug| bug.name == name).expect("a bug of the list")
+    pub fn named(name: &str) -> Self {
+        BUGS.into_iter().find(|bug| bug.name == name).expect("a bug of the list")
     }
 
-    pub fn on(&self, backend: Backend) -> &Case {
+    pub fn on(self, backend: Backend) -> Case {
         match backend {
-            Backend::RedisPostgres => &self.redis_postgres,
-            Backend::MemorySqlite => &self.memory_sqlite,
+            Backend::RedisPostgres => self.redis_postgres,
+            Backend::MemorySqlite => self.memory_sqlite,
         }
     }
 }
 
 impl Scenario {
-    pub async fn run(self, backend: Backend, plant: &Plant) -> Verdict {
+    pub async fn run(self, backend: Backend, plant: Plant) -> Verdict {
         let service = Service::start(backend, plant).await;
         match self {
             LateRelease => locks::late_release(&service).await,

@@ -53,7 +53,7 @@ pub struct Work {
 
 impl Counter {
     /// At zero, with the bug in its store, if it is one of a store.
-    pub async fn start(backend: Backend, plant: &Plant) -> Self {
+    pub async fn start(backend: Backend, plant: Plant) -> Self {
         let (database, store) = match backend {
             Backend::RedisPostgres => {
                 let server = PostgresServer::start();
@@ -143,13 +143,13 @@ impl Counter {
 }
 
 /// The store with the bug in it. A healthy one has left a fence row there.
-async fn store<DB: SqlDatabase>(pool: Pool<DB>, plant: &Plant) -> Arc<dyn Store> {
+async fn store<DB: SqlDatabase>(pool: Pool<DB>, plant: Plant) -> Arc<dyn Store> {
     let store = SqlStore::new("counter", pool);
     store.migrate().await.unwrap();
     let first = fence(OwnerId::new(ClientId::random()), held(KEY, FencingToken::FIRST));
     let outcome = Store::open(&store, &first).await.unwrap().commit().await;
     assert!(matches!(outcome, Outcome::Committed), "{outcome:?}");
-    let edits = if let Plant::Fence(edits) = plant { *edits } else { &[] };
+    let edits = if let Plant::Fence(edits) = plant { edits } else { &[] };
     Arc::new(planted_store(&store, edits).unwrap())
 }
 

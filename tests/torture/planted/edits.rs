@@ -7,41 +7,32 @@ pub mod redis {
     use super::Edit;
 
     /// Whatever stands at a key is taken for the caller's.
-    const ANYONES: Edit = Edit {
-        of: "release",
-        fragment: " or string.sub(v[i], 1, 51) ~= '-' .. m .. ARGV[1] .. ':'",
-        instead: "",
+    const ANYONES: Edit =
+        Edit { of: "release", fragment: " or string.sub(v[i], 1, 51) ~= begins", instead: "" };
+
+    pub const RELEASE_WITHOUT_OWNER: [Edit; 2] = [ANYONES, Edit { of: "together", ..ANYONES }];
+
+    pub const RENEW_WITHOUT_OWNER: [Edit; 1] = [Edit { of: "renew", ..ANYONES }];
+
+    const SET: Edit = Edit {
+        of: "acquire",
+        fragment: "not call('SET', KEYS[i], head, 'NX', 'PX', lease)",
+        instead: "call('SETNX', KEYS[i], head) == 0 or not call('PEXPIRE', KEYS[i], lease)",
     };
 
-    pub const RELEASE_WITHOUT_OWNER: [Edit; 1] = [ANYONES];
-
-    pub const RENEW_WITHOUT_OWNER: [Edit; 1] = [Edit {
-        of: "renew",
-        fragment: " or string.sub(v[i], 1, 51) ~= '-' .. m .. ARGV[a] .. ':'",
-        instead: "",
-    }];
-
-    pub const SET_THEN_PEXPIRE: [Edit; 1] = [Edit {
-        of: "acquire",
-        fragment: "not call('SET', KEYS[i], head, 'NX', 'PX', ARGV[2])",
-        instead: "call('SETNX', KEYS[i], head) == 0 or not call('PEXPIRE', KEYS[i], ARGV[2])",
-    }];
+    pub const SET_THEN_PEXPIRE: [Edit; 2] = [SET, Edit { of: "together", ..SET }];
 
     /// Each copy of an acquire counts as one more, and a release gives up any entry of its owner: a
-    /// plain count of holds.
+    /// plain count of holds. Only where calls go alone, as they do unless there is a crowd.
     pub const NO_REQUEST_ID: [Edit; 3] = [
         Edit {
             of: "acquire",
-            fragment: "local count = 0\n",
-            instead: "local count = 0
-                local copy = string.format('%016d', call('INCR', 'copies'))
-                ARGV[1] = string.sub(ARGV[1], 1, 32) .. copy
-                ",
+            fragment: "local id, lease, modes = ",
+            instead: "ARGV[1] = string.sub(ARGV[1], 1, 32)
+                .. string.format('%016d', call('INCR', 'copies'))
+                local id, lease, modes = ",
         },
-        Edit {
-            instead: " or string.sub(v[i], 1, 34) ~= '-' .. m .. string.sub(ARGV[1], 1, 32)",
-            ..ANYONES
-        },
+        Edit { instead: " or string.sub(v[i], 1, 34) ~= string.sub(begins, 1, 34)", ..ANYONES },
         Edit {
             of: "release",
             fragment: "for i, w in ipairs(wants) do load(w.name, v[i]) end\n",

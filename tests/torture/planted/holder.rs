@@ -8,11 +8,10 @@ use palisade::protocol::{Acquire, Acquired, Part, Released, Renewal, Renewed, St
 use palisade::{
     ClientId, FencingToken, Lease, Mode, OwnerId, Partition, RequestId, ResourceKey, Want,
 };
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep, timeout};
 
 use super::Verdict;
 use super::service::Service;
-use crate::support::wait_until;
 
 /// The lease of a process that is about to pause: others wait it out.
 pub const SHORT: Duration = Duration::from_millis(300);
@@ -90,9 +89,17 @@ impl Holder {
     /// # Panics
     /// When it is not granted soon.
     pub async fn acquire(&mut self) {
-        let key = self.key().to_string();
-        wait_until(&format!("{key} is granted"), SOON, async || self.try_acquire().await.unwrap())
-            .await;
+        assert!(self.is_granted_within(SOON).await, "{} is not granted", self.key());
+    }
+
+    /// Asks again and again, whatever the answer.
+    pub async fn is_granted_within(&mut self, patience: Duration) -> bool {
+        let granted = async {
+            while !self.try_acquire().await.unwrap_or(false) {
+                sleep(Duration::from_millis(5)).await;
+            }
+        };
+        timeout(patience, granted).await.is_ok()
     }
 
     /// Whether the service says that the key is still held, now for `lease`.

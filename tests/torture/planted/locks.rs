@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use palisade::protocol::Released;
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::Instant;
 
 use super::Verdict;
 use super::holder::{Holder, LONG, SHORT, exclusive};
@@ -63,12 +63,7 @@ pub async fn failure_in_acquire(service: &Service) -> Verdict {
     service.permit("pexpire", true);
     assert!(granted.unwrap_or(true), "it was granted or cut off");
     let (asked, mut next) = (Instant::now(), Holder::new(service, KEY, LONG));
-    let granted = async {
-        while !next.try_acquire().await.unwrap_or(false) {
-            sleep(Duration::from_millis(5)).await;
-        }
-    };
-    if timeout(PATIENCE, granted).await.is_err() {
+    if !next.is_granted_within(PATIENCE).await {
         return Err(format!("an immortal lock: a lease of {SHORT:?} lasts after {PATIENCE:?}"));
     }
     let after = asked.elapsed();

@@ -61,16 +61,16 @@ pub struct Finding {
 /// Plants each bug that there can be on `backend`, one after the other.
 pub async fn run_all(backend: Backend) -> Vec<Finding> {
     let mut findings = Vec::new();
-    for bug in &BUGS {
+    for bug in BUGS {
         findings.extend(run(bug, backend).await);
     }
     findings
 }
 
 /// Runs a bug's scenario without the bug, then with it; `None` where there can be no such bug.
-pub async fn run(bug: &Bug, backend: Backend) -> Option<Finding> {
+pub async fn run(bug: Bug, backend: Backend) -> Option<Finding> {
     let Case::Planted(scenario, plant) = bug.on(backend) else { return None };
-    let clean = scenario.run(backend, &Plant::Nowhere).await;
+    let clean = scenario.run(backend, Plant::Nowhere).await;
     let planted = scenario.run(backend, plant).await;
     let said = |verdict: &Verdict| match verdict {
         Ok(seen) | Err(seen) => seen.clone(),
@@ -87,7 +87,7 @@ pub async fn run(bug: &Bug, backend: Backend) -> Option<Finding> {
 /// The bugs that there cannot be on `backend`, each with the reason.
 pub fn meaningless(backend: Backend) -> Vec<(&'static str, &'static str)> {
     let why = |bug: &Bug| match bug.on(backend) {
-        Case::Meaningless(why) => Some((bug.name, *why)),
+        Case::Meaningless(why) => Some((bug.name, why)),
         Case::Planted(..) => None,
     };
     BUGS.iter().filter_map(why).collect()

@@ -19,18 +19,18 @@ pub enum Service {
 
 impl Service {
     /// With the bug in it, if it is one of a lock service.
-    pub async fn start(backend: Backend, plant: &Plant) -> Self {
+    pub async fn start(backend: Backend, plant: Plant) -> Self {
         match backend {
             Backend::RedisPostgres => {
                 let server = RedisServer::start();
                 let proxy = Proxy::start(server.port()).await;
                 let url = format!("redis://127.0.0.1:{}", proxy.port());
-                let edits = if let Plant::Scripts(edits) = plant { *edits } else { &[] };
+                let edits = if let Plant::Scripts(edits) = plant { edits } else { &[] };
                 let locks = Arc::new(planted_redis(&url, edits).await.unwrap());
                 Self::Redis { locks, proxy, server }
             }
             Backend::MemorySqlite => {
-                let bug = if let Plant::Memory(bug) = plant { Some(*bug) } else { None };
+                let bug = if let Plant::Memory(bug) = plant { Some(bug) } else { None };
                 Self::Memory(Arc::new(Network::new(bug)))
             }
         }
