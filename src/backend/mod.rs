@@ -83,7 +83,8 @@ pub trait LockBackend: fmt::Debug + Send + Sync + 'static {
     /// To ensure correctness:
     /// - all keys are granted in one step, or nothing changes but the line;
     /// - the same `(owner, request)` again answers the same while it is held or queued, and adds
-    ///   nothing;
+    ///   nothing; only how many tokens were reserved may be forgotten;
+    /// - tokens that were reserved are never given out again;
     /// - a request that was cancelled is not granted for [`TOMBSTONE`](crate::protocol::TOMBSTONE).
     async fn acquire(&self, ask: &Acquire) -> Result<Acquired>;
 

@@ -326,8 +326,8 @@ impl Tx {
         self.core.attempt
     }
 
-    /// Who holds the locks. Others in this process may re-enter as this owner. To lend it to another
-    /// process, make it with [`Locks::owner`](crate::Locks::owner) and name it in
+    /// Who holds the locks. Others in this process may re-enter as this owner. To lend it to
+    /// another process, make it with [`Locks::owner`](crate::Locks::owner) and name it in
     /// [`TransactionRequest::owner`](crate::TransactionRequest::owner): the service may not know an
     /// owner that was not named.
     #[must_use]

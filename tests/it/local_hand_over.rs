@@ -2,11 +2,17 @@
 //! own, never a lost one, and never past somebody of another process.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::time::Duration;
 
-use palisade::backend::{LockBackend, MemoryBackend, RedisBackend, RedisOptions};
-use palisade::{ErrorKind, FencingToken, LockGuard, LockOptions, Locks};
+use async_trait::async_trait;
+use palisade::backend::{
+    Capabilities, LockBackend, MemoryBackend, Push, RedisBackend, RedisOptions, Sink,
+};
+use palisade::protocol::{Acquire, Acquired, Inspection, Part, Released, Renewal, Renewed};
+use palisade::{
+    ClientId, Error, ErrorKind, FencingToken, LockGuard, LockOptions, Locks, Partition, ResourceKey,
+};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::advance;
@@ -452,6 +458,139 @@ async fn it_can_be_switched_off() {
     assert_eq!(standing(&locks).await, (1, 3), "each stands in line for itself");
     first.release().await.unwrap();
     assert_eq!(crew.come_back(0).await.len(), 3);
+}
+
+/// A lock service in memory whose notices and answers can be lost.
+#[derive(Debug, Default)]
+struct Lossy {
+    inner: MemoryBackend,
+    no_notice: Arc<AtomicBool>,
+    no_answer: AtomicBool,
+    no_renewal: AtomicBool,
+}
+
+fn unavailable() -> Error {
+    Error::new(ErrorKind::Unavailable, "test", "the answer is lost")
+}
+
+#[async_trait]
+impl LockBackend for Lossy {
+    fn capabilities(&self) -> Capabilities {
+        self.inner.capabilities()
+    }
+    async fn subscribe(&self, client: ClientId, sink: Sink) -> palisade::Result<()> {
+        let lost = Arc::clone(&self.no_notice);
+        let some: Sink = Arc::new(move |push| {
+            if !(matches!(push, Push::Followed(_)) && lost.load(SeqCst)) {
+                sink(push);
+            }
+        });
+        self.inner.subscribe(client, some).await
+    }
+    fn unsubscribe(&self, client: ClientId) {
+        self.inner.unsubscribe(client);
+    }
+    async fn acquire(&self, ask: &Acquire) -> palisade::Result<Acquired> {
+        let answer = self.inner.acquire(ask).await;
+        if self.no_answer.load(SeqCst) {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+            return Err(unavailable());
+        }
+        answer
+    }
+    async fn renew(&self, at: Partition, asks: &[Renewal]) -> palisade::Result<Vec<Renewed>> {
+        if self.no_renewal.load(SeqCst) {
+            return Err(unavailable());
+        }
+        self.inner.renew(at, asks).await
+    }
+    async fn release(&self, part: &Part) -> palisade::Result<Released> {
+        self.inner.release(part).await
+    }
+    async fn cancel(&self, part: &Part) -> palisade::Result<()> {
+        self.inner.cancel(part).await
+    }
+    async fn inspect(&self, at: Partition, key: &ResourceKey) -> palisade::Result<Inspection> {
+        self.inner.inspect(at, key).await
+    }
+    async fn ping(&self) -> palisade::Result<()> {
+        Ok(())
+    }
+}
+
+async fn lossy() -> (Arc<Lossy>, Locks, Locks) {
+    let backend = Arc::new(Lossy::default());
+    let connect =
+        async || Locks::with_options(Arc::clone(&backend) as _, LockOptions::default()).await;
+    let (ours, theirs) = (connect().await.unwrap(), connect().await.unwrap());
+    (backend, ours, theirs)
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lost_notice_costs_one_refresh() {
+    let (backend, ours, theirs) = lossy().await;
+    let holder = lane(&ours).await;
+    backend.no_notice.store(true, SeqCst);
+    let mut crew = Crew::new();
+    crew.send(&theirs, "x");
+    settle().await;
+    backend.no_notice.store(false, SeqCst);
+    crew.send(&ours, "before the refresh");
+    settle().await;
+    tokio::time::sleep(LockOptions::default().lease / 3).await;
+    crew.send(&ours, "after the refresh");
+    settle().await;
+    let token = number(holder.token());
+    holder.release().await.unwrap();
+    let order = crew.come_back(token).await;
+    assert_eq!(order, ["before the refresh", "x", "after the refresh"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_carrier_whose_answer_is_lost_leaves_the_others_to_ask_for_themselves() {
+    let (backend, locks, _) = lossy().await;
+    let first = locks.lock("k").acquire().await.unwrap();
+    backend.no_answer.store(true, SeqCst);
+    let carrier = tokio::spawn(locks.lock("k").acquire());
+    let behind: Vec<_> = (0..3).map(|_| tokio::spawn(locks.lock("k").acquire())).collect();
+    for failed in std::iter::once(carrier).chain(behind) {
+        assert_eq!(failed.await.unwrap().unwrap_err().kind(), ErrorKind::Unavailable);
+    }
+    backend.no_answer.store(false, SeqCst);
+    first.release().await.unwrap();
+    settle().await;
+    assert_eq!(standing(&locks).await, (0, 0), "what may have been queued was cancelled");
+    locks.lock("k").acquire().await.unwrap().release().await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lane_whose_service_stops_answering_ends_in_an_outage_and_not_in_a_time_out() {
+    let (backend, locks, _) = lossy().await;
+    let holder = lane(&locks).await;
+    let wait = LockOptions::default().lease / 2;
+    let waiter = tokio::spawn(locks.lock("k").wait(wait).acquire());
+    settle().await;
+    backend.no_renewal.store(true, SeqCst);
+    let error = waiter.await.unwrap().unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
+    assert!(holder.is_held());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_grant_whose_renewal_is_overdue_is_not_passed_on() {
+    let (backend, locks, _) = lossy().await;
+    let holder = lane(&locks).await;
+    let token = number(holder.token());
+    let waiter = tokio::spawn(locks.lock("k").wait(SOON).acquire());
+    settle().await;
+    backend.no_renewal.store(true, SeqCst);
+    tokio::time::sleep(LockOptions::default().lease * 3 / 4).await;
+    assert!(holder.is_held());
+    backend.no_renewal.store(false, SeqCst);
+    // The watchdog has not renewed yet: nothing has run since.
+    holder.release().await.unwrap();
+    let waiter = waiter.await.unwrap().unwrap();
+    assert!(number(waiter.token()) > token + BLOCK, "a grant of its own");
 }
 
 #[tokio::test]
