@@ -1,5 +1,7 @@
 //! The statements for PostgreSQL.
 
+pub(crate) mod name;
+
 use std::fmt::Write;
 use std::sync::LazyLock;
 use std::time::Duration;
@@ -90,7 +92,7 @@ pub(crate) fn publish(branch: &Published) -> String {
 
 /// `begin.sql` with its values.
 pub(crate) fn begin(
-    attempt: Uuid,
+    name: &str,
     isolation: &'static str,
     lock: Duration,
     fence: Duration,
@@ -98,7 +100,7 @@ pub(crate) fn begin(
 ) -> String {
     BEGIN
         .replace("{isolation}", isolation)
-        .replace("{attempt}", &attempt.to_string())
+        .replace("{name}", name)
         .replace("{lock_ms}", &millis(lock))
         .replace("{fence_ms}", &millis(fence))
         .replace("{lease_ms}", &millis(lease))
@@ -172,7 +174,7 @@ mod tests {
             keys: vec![(hex("a"), true, 7), (hex("b"), false, 8)],
         };
         let second = Duration::from_secs(1);
-        let message = publish(&published) + &begin(Uuid::nil(), "", second, second, second);
+        let message = publish(&published) + &begin("name", "", second, second, second);
         assert!(message.contains("'{61,62}', '{true,false}', '{7,8}'"), "{message}");
         let message = message + &begin_read(Uuid::nil(), second, second) + &prove_id(7);
         assert!(!message.contains("--") && !message.contains("_ms}"), "{message}");

@@ -14,6 +14,7 @@ mod cancel;
 mod examples;
 mod fault_matrix;
 mod hazards;
+mod histories;
 mod local_hand_over;
 mod locks;
 mod locks_on_redis;

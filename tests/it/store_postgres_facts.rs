@@ -279,12 +279,39 @@ async fn a_newer_session_and_a_shared_one_are_waited_for() {
 }
 
 #[tokio::test]
+async fn what_a_branch_holds_is_seen_whether_it_is_in_a_name_or_in_a_row() {
+    let b = Bench::new().await;
+    let keys = |names: &[&str], token| {
+        fence(names.iter().map(|name| held(name, Mode::Exclusive, token)).collect())
+    };
+    let published = "SELECT count(*) FROM palisade_branch";
+    let mut observer = connection(&b).await;
+    for (at, names) in [&["a"][..], &["a", "b", "c"], &["a", "b", "c", "d"]].iter().enumerate() {
+        let token = 10 * (u64::try_from(at).unwrap() + 1);
+        let overtaken = b.open(&keys(names, token)).await;
+        assert_eq!(number(&mut observer, published).await, i64::from(names.len() > 3));
+        let last = names.last().unwrap();
+        let begun = Instant::now();
+        commit(&b.open(&write(last, token + 5)).await).await;
+        assert!(begun.elapsed() < Duration::from_secs(3), "its session was ended");
+        let outcome = overtaken.commit().await;
+        assert!(!matches!(outcome, palisade::store::Outcome::Committed), "{outcome:?}");
+        // A branch with other keys is in nobody's way, whatever its token.
+        let apart = b.open(&keys(&["x", "y"], token)).await;
+        commit(&b.open(&write(last, token + 6)).await).await;
+        commit(&apart).await;
+    }
+}
+
+#[tokio::test]
 async fn a_session_that_went_on_to_other_work_is_left_alone() {
     let b = Bench::new().await;
     let pool = sqlx::postgres::PgPoolOptions::new().max_connections(1);
     let pool = pool.connect(&b.server.url()).await.unwrap();
     let store = palisade::SqlStore::new("bank", pool.clone());
-    commit(&store.open(&write("a", 10)).await.unwrap()).await;
+    // Two tokens do not fit into the name of a session: they are written into a row, which stays.
+    let two = fence(vec![held("a", Mode::Exclusive, 10), held("b", Mode::Exclusive, 11)]);
+    commit(&store.open(&two).await.unwrap()).await;
     // The same session, as it is published, now locks the row outside of any branch.
     let mut other = pool.acquire().await.unwrap();
     let published = "SELECT count(*) FROM palisade_branch WHERE pid = pg_backend_pid()";
@@ -390,7 +417,8 @@ async fn a_purge_passes_over_a_row_that_a_branch_has_taken() {
 #[tokio::test]
 async fn a_purge_forgets_sessions_that_are_gone() {
     let b = Bench::new().await;
-    commit(&b.open(&write("a", 10)).await).await;
+    let two = fence(vec![held("a", Mode::Exclusive, 10), held("b", Mode::Exclusive, 11)]);
+    commit(&b.open(&two).await).await;
     b.sql(
         "INSERT INTO palisade_branch VALUES (1, now(), gen_random_uuid(), gen_random_uuid(),
          '{}', '{}', '{}')",

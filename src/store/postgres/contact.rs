@@ -7,7 +7,7 @@ use tokio::time::{Instant, sleep, timeout};
 use uuid::Uuid;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::sql::postgres::{CONTACT, END_SESSION, PUBLISH_MORE, hex, unhex};
+use crate::sql::postgres::{CONTACT, END_SESSION, PUBLISH_MORE, hex, name, unhex};
 use crate::sql::{classify, sqlstate};
 use crate::types::ResourceKey;
 
@@ -30,12 +30,17 @@ pub(super) fn is_blocked(error: &sqlx::Error) -> bool {
 /// itself.
 pub(super) async fn contact(conn: &mut PgConnection, fence: &Fence, held: &[Held]) -> Result<()> {
     let (keys, exclusive, tokens) = columns(held, hex);
+    let named: Vec<_> = keys.iter().map(|hex| name::key(hex)).collect();
+    let marked: Vec<_> = tokens.iter().map(|token| name::token(*token)).collect();
     let found: Result<Vec<(String, bool, bool)>, _> = sqlx::query_as(CONTACT)
         .bind(keys)
         .bind(exclusive)
         .bind(tokens)
         .bind(fence.owner.as_uuid())
-        .bind(fence.attempt)
+        .bind(name::start(fence.attempt))
+        .bind(named)
+        .bind(marked)
+        .bind(name::owner(fence.owner.as_uuid()))
         .fetch_all(conn)
         .await;
     let found = match found {
@@ -75,6 +80,8 @@ pub(super) async fn publish_more(store: &SqlStore<Postgres>, fence: &Fence, held
         .bind(exclusive)
         .bind(tokens)
         .bind(fence.attempt)
+        .bind(name::start(fence.attempt))
+        .bind(fence.owner.as_uuid())
         .execute(&mut *conn)
         .await;
     if let Err(error) = published {
@@ -92,7 +99,10 @@ pub(super) async fn end_session(
     deadline: Instant,
 ) -> Result<(), sqlx::Error> {
     loop {
-        let told: i64 = sqlx::query_scalar(END_SESSION).bind(attempt).fetch_one(&mut *conn).await?;
+        let told: i64 = sqlx::query_scalar(END_SESSION)
+            .bind(name::start(attempt))
+            .fetch_one(&mut *conn)
+            .await?;
         if told == 0 {
             return Ok(());
         }

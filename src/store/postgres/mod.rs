@@ -5,8 +5,9 @@
 //!
 //! Why is every branch published? A client that is stopped keeps its rows locked until its lease
 //! ends the session, while a newer holder, whose lease began when the old one ended, waits. The
-//! newer one finds in `palisade_branch` who is in the way, and ends the session of a holder whose
-//! time is over.
+//! newer one finds out who is in the way, and ends the session of a holder whose time is over. What
+//! a branch with few keys holds is in the name of its session; what does not fit there stands in
+//! `palisade_branch`, at the price of a small transaction before the branch.
 //!
 //! Why the transaction's id? `COMMIT` in a failed transaction answers ROLLBACK without an error,
 //! and a `COMMIT` that the program sent itself would leave the statements after it without a fence.

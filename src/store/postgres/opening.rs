@@ -6,7 +6,7 @@ use sqlx::Postgres;
 use tokio::time::Instant;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::sql::postgres::{begin, begin_read, publish, savepoint};
+use crate::sql::postgres::{begin, begin_read, name, publish, savepoint};
 use crate::sql::{FENCE_TIMEOUT, classify, refuse, sqlstate};
 use crate::types::Want;
 
@@ -65,11 +65,15 @@ async fn pass(
     let mut session = Session::new(conn, ());
     let attempt = (!reads).then_some(fence.attempt);
     let isolation = if reads { "ISOLATION LEVEL READ COMMITTED" } else { store.settings.sql() };
-    let mut message = publish(&published(fence));
+    let branch = published(fence);
+    let (name, mut message) = match name::full(&branch) {
+        Some(name) => (name, String::new()),
+        None => (name::start(fence.attempt), publish(&branch)),
+    };
     loop {
         let left = fence.deadline.saturating_duration_since(Instant::now());
         let lock = LOCK_TIMEOUT.min(left);
-        message += &begin(fence.attempt, isolation, lock, FENCE_TIMEOUT, fence.lease.get());
+        message += &begin(&name, isolation, lock, FENCE_TIMEOUT, fence.lease.get());
         let begun = run(session.conn()?, std::mem::take(&mut message)).await;
         if let Err(error) = begun {
             return Err(end_refused(session, classify("fence", error)).await);

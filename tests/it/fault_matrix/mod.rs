@@ -2,9 +2,9 @@
 //! server is what the caller was told.
 //!
 //! A *cell* is one operation, one fault, and what becomes of the network then. It has a backend of
-//! its own whose connection runs through a proxy of its own, and another one beside it that sees the
-//! truth. Cells run side by side in lanes, each with a database of one server; most of their time is
-//! waiting.
+//! its own whose connection runs through a proxy of its own, and another one beside it that sees
+//! the truth. Cells run side by side in lanes, each with a database of one server; most of their
+//! time is waiting.
 
 mod locks;
 mod seam;

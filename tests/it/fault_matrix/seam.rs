@@ -34,8 +34,8 @@ enum Operation {
 }
 
 /// An operation about the request `mine`, and who stands at the key: before it, after it, and when
-/// the request was cancelled. Holders, then a bar and the line; `own` is another request of the same
-/// owner, `theirs` one of another.
+/// the request was cancelled. Holders, then a bar and the line; `own` is another request of the
+/// same owner, `theirs` one of another.
 #[derive(Clone, Copy, Debug)]
 struct Row(Operation, &'static str, &'static str, &'static str);
 

@@ -17,6 +17,8 @@ use crate::{Result, clock};
 
 /// How long to wait for a key.
 const WAIT: Duration = Duration::from_secs(5);
+/// How long the last operation of a task waits for one: it must succeed on a busy machine too.
+const LAST_WAIT: Duration = Duration::from_secs(30);
 /// The longest thought.
 const THINK: Duration = Duration::from_secs(1);
 /// How long to wait after an operation that failed, so that an outage is not a busy loop.
@@ -171,7 +173,8 @@ impl Client {
         operation: &mut Operation,
         thoughts: Thoughts,
     ) -> palisade::Result<()> {
-        let request = self.locks.lock(&operation.key).ttl(self.settings.lease).wait(WAIT);
+        let wait = if operation.last { LAST_WAIT } else { WAIT };
+        let request = self.locks.lock(&operation.key).ttl(self.settings.lease).wait(wait);
         let guard = request.acquire().await?;
         self.granted(operation, guard.token().get(), guard.owner().to_string());
         operation.reads(self.store.read(&operation.key).await?);
@@ -222,7 +225,7 @@ impl Client {
                 *operation.lock().unwrap() = attempt;
                 answer
             };
-            self.coordinator.run([key], work).await
+            self.coordinator.transaction([key]).wait(LAST_WAIT).run(work).await
         } else {
             let mut attempt = operation.lock().unwrap().clone();
             let answer = self.add_plainly(&mut attempt, Thoughts::default()).await;
