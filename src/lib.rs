@@ -70,7 +70,8 @@ mod types;
 pub use connect::{connect, connect_with};
 pub use error::{Error, ErrorKind, Result, RetryAdvice};
 pub use lock::{
-    LockGuard, LockInfo, LockOptions, LockRequest, Locked, LockedKey, Locks, Statistics,
+    LocalHandOver, LockGuard, LockInfo, LockOptions, LockRequest, Locked, LockedKey, Locks,
+    Statistics,
 };
 pub use protocol::Backoff;
 #[cfg(any(feature = "sqlite", feature = "postgres"))]

@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use async_trait::async_trait;
 use tokio::time::Instant;
 
-use super::{Capabilities, LockBackend, Sink};
+use super::{Capabilities, LockBackend, Push, Sink};
 use crate::error::{Error, ErrorKind, Result};
 use crate::protocol::{
     Acquire, Acquired, Corrupt, Inspection, Part, Queue, Released, Renewal, Renewed,
@@ -68,7 +68,7 @@ impl MemoryBackend {
         self.epoch_us.saturating_add(u64::try_from(passed).unwrap_or(u64::MAX))
     }
 
-    /// Takes one step in a partition, then pushes the grants that it handed over.
+    /// Takes one step in a partition, then pushes what it has to tell.
     fn step<T>(
         &self,
         partition: Partition,
@@ -79,7 +79,7 @@ impl MemoryBackend {
             let detail = format!("there is no partition {partition}");
             Error::new(ErrorKind::InvalidInput, operation, detail)
         })?;
-        let (answer, handed_over) = {
+        let (answer, handed_over, followed) = {
             let mut state = lock(state);
             let now_us = self.now_us();
             if state.swept.elapsed() > SWEEP {
@@ -87,12 +87,14 @@ impl MemoryBackend {
                 state.queue.sweep(now_us).map_err(|Corrupt| corrupt(operation))?;
             }
             let answer = step(&mut state.queue, now_us);
-            (answer, state.queue.take_hand_overs())
+            (answer, state.queue.take_hand_overs(), state.queue.take_followed())
         };
-        for over in handed_over {
-            let sink = lock(&self.sinks).get(&over.client).cloned();
+        let handed_over = handed_over.into_iter().map(|over| (over.client, Push::HandOver(over)));
+        let followed = followed.into_iter().map(|by| (by.client, Push::Followed(by)));
+        for (client, push) in handed_over.chain(followed) {
+            let sink = lock(&self.sinks).get(&client).cloned();
             if let Some(sink) = sink {
-                sink(over);
+                sink(push);
             }
         }
         answer.map_err(|Corrupt| corrupt(operation))

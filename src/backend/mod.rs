@@ -13,7 +13,9 @@ use std::sync::Arc;
 use async_trait::async_trait;
 
 use crate::error::Result;
-use crate::protocol::{Acquire, Acquired, HandOver, Inspection, Part, Released, Renewal, Renewed};
+use crate::protocol::{
+    Acquire, Acquired, Followed, HandOver, Inspection, Part, Released, Renewal, Renewed,
+};
 use crate::types::{ClientId, Partition, ResourceKey};
 
 pub use memory::MemoryBackend;
@@ -26,7 +28,8 @@ pub use redis::{RedisBackend, RedisOptions};
 pub struct Capabilities {
     /// How many partitions the keys are spread over.
     pub partitions: u16,
-    /// Whether a grant that was waited for is pushed; if not, the refresh finds it.
+    /// Whether a grant that was waited for is pushed; if not, the refresh finds it. And whether a
+    /// request is told that it is followed.
     pub pushes: bool,
 }
 
@@ -38,8 +41,18 @@ impl Capabilities {
     }
 }
 
-/// Where pushed grants go. It must not block.
-pub type Sink = Arc<dyn Fn(HandOver) + Send + Sync>;
+/// What a service tells a client without being asked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Push {
+    /// A request that stood in line was granted.
+    HandOver(HandOver),
+    /// Somebody stands in line directly behind a request.
+    Followed(Followed),
+}
+
+/// Where pushes go. It must not block.
+pub type Sink = Arc<dyn Fn(Push) + Send + Sync>;
 
 /// A lock service.
 ///
@@ -53,10 +66,12 @@ pub trait LockBackend: fmt::Debug + Send + Sync + 'static {
     /// What the service can do.
     fn capabilities(&self) -> Capabilities;
 
-    /// Grants pushed to `client` go to `sink` from now on.
+    /// What is pushed to `client` goes to `sink` from now on.
     ///
     /// To ensure correctness:
     /// - a push may be lost and may be repeated, but must never tell of a grant that was not made;
+    /// - whenever a request is told that it stands in line, the requests directly before it are
+    ///   told that they are followed, in the same step;
     /// - it must be possible before the answer `Queued` has arrived.
     async fn subscribe(&self, client: ClientId, sink: Sink) -> Result<()>;
 
@@ -68,7 +83,8 @@ pub trait LockBackend: fmt::Debug + Send + Sync + 'static {
     /// To ensure correctness:
     /// - all keys are granted in one step, or nothing changes but the line;
     /// - the same `(owner, request)` again answers the same while it is held or queued, and adds
-    ///   nothing;
+    ///   nothing; only how many tokens were reserved may be forgotten;
+    /// - tokens that were reserved are never given out again;
     /// - a request that was cancelled is not granted for [`TOMBSTONE`](crate::protocol::TOMBSTONE).
     async fn acquire(&self, ask: &Acquire) -> Result<Acquired>;
 

@@ -35,7 +35,11 @@ pub struct Locked {
 }
 
 impl Locked {
-    /// Who holds it. Pass it on to let others re-enter.
+    /// Who holds it. Others in this process may re-enter as this owner while it holds.
+    ///
+    /// Another process is refused as busy where the lock was passed on within this process, because
+    /// the service does not know this owner then. To lend an owner to another process, make it with
+    /// [`Locks::owner`](crate::Locks::owner) and name it in the request.
     #[must_use]
     pub fn owner(&self) -> OwnerId {
         self.owner
@@ -175,12 +179,11 @@ impl LockGuard {
             let answer = self.service.backend.renew(partition, &renewals);
             match self.service.call(None, answer).await?.first() {
                 Some(Renewed::Held(_)) => {
-                    kept.confirmed.cancel();
-                    kept.state.extend(kept.part.request, sent + lease.get() - lease.drift());
+                    kept.renewed(sent);
                     self.service.counters.renewed();
                 }
                 _ => {
-                    kept.state.lose();
+                    kept.lose();
                     return Err(lost("renew", hold.part()));
                 }
             }
@@ -203,10 +206,12 @@ impl LockGuard {
         Ok(())
     }
 
-    /// Gives the locks up and waits for the answer.
+    /// Gives the locks up and waits for the answer. Where somebody of this process waits for the
+    /// same keys, they are passed on without asking the service.
     ///
     /// # Errors
-    /// [`LeaseLost`](crate::ErrorKind::LeaseLost) when they had been lost before, and
+    /// [`LeaseLost`](crate::ErrorKind::LeaseLost) when they had been lost before (as the service
+    /// says, or, where they would be passed on, as this process knows), and
     /// [`Unavailable`](crate::ErrorKind::Unavailable) when the service did not answer; the watchdog
     /// then goes on trying until the lease has run out.
     ///

@@ -1,6 +1,6 @@
 //! One grant at the service, from the moment it was made until it is given up.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -8,33 +8,119 @@ use tokio_util::sync::CancellationToken;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::protocol::{Part, Released};
-use crate::types::{FencingToken, Lease, LeaseState};
+use crate::types::{FencingToken, Lease, LeaseState, OwnerId};
 
+use super::lane::{Lane, Seat, Turn, Waiter};
+use super::owners::{Alias, Entry};
 use super::schedule::{Job, Settle};
 use super::service::Service;
 
-/// What the watchdog knows of a grant.
+/// What the watchdog knows of a grant. It stays when the grant is passed on within the process.
 #[derive(Debug)]
 pub(super) struct Kept {
     pub(super) part: Part,
     pub(super) lease: Lease,
-    pub(super) state: Arc<LeaseState>,
     /// Whether the watchdog renews; if not, it only tells when the lease has run out.
     pub(super) renews: bool,
-    /// No renewal after this.
-    pub(super) last: Instant,
     /// Cancelled when the service has confirmed the grant.
     pub(super) confirmed: CancellationToken,
+    /// Who may hold it next.
+    pub(super) lane: Option<Arc<Lane>>,
+    holder: Mutex<Holder>,
 }
 
-/// A grant. Dropping it hands the release to the watchdog.
+/// Who works under a grant now.
+#[derive(Debug)]
+struct Holder {
+    state: Arc<LeaseState>,
+    /// No renewal after this.
+    last: Instant,
+}
+
+impl Kept {
+    pub(super) fn new(
+        (part, lease, renews): (Part, Lease, bool),
+        (state, last): (Arc<LeaseState>, Instant),
+        lane: Option<Arc<Lane>>,
+    ) -> Self {
+        let (confirmed, holder) = (CancellationToken::new(), Mutex::new(Holder { state, last }));
+        Self { part, lease, renews, confirmed, lane, holder }
+    }
+
+    pub(super) fn is_held(&self) -> bool {
+        self.lock().state.is_held()
+    }
+
+    pub(super) fn deadline(&self) -> Option<Instant> {
+        self.lock().state.deadline()
+    }
+
+    /// No renewal after this.
+    pub(super) fn last(&self) -> Instant {
+        self.lock().last
+    }
+
+    /// The service has confirmed the grant, in a call that was sent at `sent`.
+    pub(super) fn renewed(&self, sent: Instant) {
+        let deadline = sent + self.lease.get() - self.lease.drift();
+        self.lock().state.extend(self.part.request, deadline);
+        self.confirmed.cancel();
+        if let Some(lane) = &self.lane {
+            lane.set_unanswered(false);
+        }
+    }
+
+    /// The grant is lost: whoever holds it learns of it, and nobody gets it any more.
+    pub(super) fn lose(&self) {
+        // Under the lock, so that it is not passed on meanwhile.
+        self.lock().state.lose();
+        if let Some(lane) = &self.lane {
+            lane.end(None);
+        }
+    }
+
+    /// Makes `state` the one that is lost with the grant, if there is a grant to pass on: held, and
+    /// for as long as a grant is that was pushed (a third of the lease at least). With less, its
+    /// renewal is overdue.
+    fn pass(&self, state: &Arc<LeaseState>, last: Instant) -> bool {
+        let mut holder = self.lock();
+        let now = Instant::now();
+        let least = now + self.lease.get() / 3 + self.lease.drift();
+        let deadline = holder.state.deadline_of(self.part.request);
+        let Some(deadline) = deadline.filter(|deadline| *deadline > least) else { return false };
+        if now >= holder.last || !holder.state.is_held() {
+            return false;
+        }
+        state.cover(self.part.request, deadline);
+        *holder = Holder { state: Arc::clone(state), last };
+        true
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Holder> {
+        self.holder.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Who takes a grant over, as its own client knows it.
+pub(super) struct Taker {
+    pub(super) owner: OwnerId,
+    pub(super) state: Arc<LeaseState>,
+    /// Under which name the service knows the owner, if not its own.
+    pub(super) alias: Option<Alias>,
+    pub(super) seat: Option<Seat>,
+}
+
+/// A grant in somebody's hands. Dropping it passes it on, or hands the release to the watchdog.
 #[derive(Debug)]
 pub(super) struct Hold {
     service: Arc<Service>,
     kept: Arc<Kept>,
+    owner: OwnerId,
+    state: Arc<LeaseState>,
     tokens: Vec<FencingToken>,
     since: Instant,
     ended: bool,
+    _seat: Option<Seat>,
 }
 
 impl Hold {
@@ -44,15 +130,10 @@ impl Hold {
         kept: Kept,
         tokens: Vec<FencingToken>,
         deadline: Instant,
+        taker: Taker,
     ) -> Self {
-        let (part, since) = (&kept.part, Instant::now());
-        let wants = part.wants.clone();
-        let state = Arc::clone(&kept.state);
-        service.owners.hold(part.owner, part.partition, part.request, wants, state);
-        kept.state.cover(part.request, deadline);
-        service.counters.granted();
-        let kept = Arc::new(kept);
-        let hold = Self { service, kept, tokens, since, ended: false };
+        taker.state.cover(kept.part.request, deadline);
+        let hold = Self::take(service, Arc::new(kept), tokens, taker);
         let due = hold.first_due(deadline);
         hold.service.schedule.put(
             hold.part().request,
@@ -60,6 +141,29 @@ impl Hold {
             Some(due),
         );
         hold
+    }
+
+    /// Books a grant for somebody.
+    fn take(
+        service: Arc<Service>,
+        kept: Arc<Kept>,
+        tokens: Vec<FencingToken>,
+        taker: Taker,
+    ) -> Self {
+        let Taker { owner, state, alias, seat } = taker;
+        let Part { partition, request, wants, .. } = &kept.part;
+        let entry = Entry {
+            partition: *partition,
+            request: *request,
+            wants: wants.clone(),
+            state: Arc::clone(&state),
+            alias,
+            lane: kept.lane.clone(),
+        };
+        service.owners.hold(owner, entry);
+        service.counters.granted();
+        let since = Instant::now();
+        Self { service, kept, owner, state, tokens, since, ended: false, _seat: seat }
     }
 
     /// A pushed grant is confirmed at once, beside the work. Else the interval counts from when the
@@ -97,14 +201,38 @@ impl Hold {
     pub(super) async fn confirmed(&self) -> Result<()> {
         tokio::select! {
             () = self.kept.confirmed.cancelled() => Ok(()),
-            () = self.kept.state.lost().cancelled() => Err(lost("confirm", self.part())),
+            () = self.state.lost().cancelled() => Err(lost("confirm", self.part())),
         }
     }
 
-    /// Gives the grant up and waits for the answer. Dropping the future hands the rest to the
-    /// watchdog.
+    /// Gives the grant to the next in its lane; `false` when it is to be released.
+    fn pass_on(&mut self) -> bool {
+        let Some(lane) = self.kept.lane.clone() else { return false };
+        let Some((next, first, token)) = lane.next() else {
+            lane.end(None);
+            return false;
+        };
+        if !self.kept.pass(&next.state, Instant::now() + next.max_hold) {
+            lane.end(Some(next));
+            return false;
+        }
+        self.strike_out();
+        let Waiter { owner, state, .. } = &next;
+        let alias = Some(Alias { owner: lane.owner(), token: first, instead: token });
+        let taker = Taker { owner: *owner, state: Arc::clone(state), alias, seat: None };
+        let tokens = vec![token; self.tokens.len()];
+        let (service, kept) = (Arc::clone(&self.service), Arc::clone(&self.kept));
+        next.tell(Turn::Held(Self::take(service, kept, tokens, taker)));
+        true
+    }
+
+    /// Gives the grant up and waits for the answer, if it is not passed on. Dropping the future
+    /// hands the rest to the watchdog.
     pub(super) async fn release(mut self) -> Result<()> {
-        let was_held = self.kept.state.is_held();
+        if self.pass_on() {
+            return Ok(());
+        }
+        let was_held = self.state.is_held();
         let until = self.until();
         self.end();
         // Sent again by the watchdog if this future is dropped or the call fails.
@@ -132,21 +260,27 @@ impl Hold {
     /// Takes the grant out of the books. Only once. Until the release is settled it stays in the
     /// schedule, so that a shutdown waits for it.
     fn end(&mut self) {
-        if std::mem::replace(&mut self.ended, true) {
+        if self.ended {
             return;
         }
-        let Part { owner, request, .. } = *self.part();
         let settle = Settle { part: self.part().clone(), cancel: false, until: self.until() };
-        self.service.schedule.put(request, Job::Settle(Arc::new(settle)), None);
-        self.service.owners.release(owner, request);
-        self.kept.state.uncover(request);
+        self.service.schedule.put(self.part().request, Job::Settle(Arc::new(settle)), None);
+        self.strike_out();
+    }
+
+    /// Whoever had the grant has it no more.
+    fn strike_out(&mut self) {
+        self.ended = true;
+        let request = self.part().request;
+        self.service.owners.release(self.owner, request);
+        self.state.uncover(request);
         self.service.counters.released(self.since.elapsed());
     }
 }
 
 impl Drop for Hold {
     fn drop(&mut self) {
-        if !self.ended {
+        if !self.ended && !self.pass_on() {
             let until = self.until();
             self.end();
             self.service.settle(self.part().clone(), false, until);

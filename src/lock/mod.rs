@@ -14,8 +14,10 @@
 //! # }
 //! ```
 
+mod asking;
 mod guard;
 mod hold;
+mod lane;
 mod owners;
 mod request;
 mod schedule;
@@ -30,11 +32,12 @@ use std::time::Duration;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::backend::{LockBackend, Sink};
+use crate::backend::{LockBackend, Push, Sink};
 use crate::error::{Error, ErrorKind, Result};
 use crate::protocol::{Backoff, Inspection};
 use crate::types::{ClientId, Mode, OwnerId, ResourceKey};
 
+use lane::Lanes;
 use owners::Owners;
 use schedule::Schedule;
 use service::Service;
@@ -42,6 +45,7 @@ use statistics::Counters;
 use watchdog::Watchdog;
 
 pub use guard::{LockGuard, LockInfo, Locked, LockedKey};
+pub use lane::LocalHandOver;
 pub use request::LockRequest;
 pub use statistics::Statistics;
 
@@ -61,6 +65,8 @@ pub struct LockOptions {
     pub call_timeout: Duration,
     /// The watchdog stops renewing a lock after this time.
     pub max_hold: Duration,
+    /// How waiters of this process hand a lock to each other.
+    pub hand_over: LocalHandOver,
     /// How long a shutdown waits for guards to be given up.
     pub grace: Duration,
 }
@@ -74,6 +80,7 @@ impl Default for LockOptions {
             max_entries: 64,
             call_timeout: Duration::from_secs(2),
             max_hold: Duration::from_secs(24 * 60 * 60),
+            hand_over: LocalHandOver::default(),
             grace: Duration::from_secs(10),
         }
     }
@@ -110,10 +117,10 @@ impl Locks {
         let client = ClientId::random();
         let (schedule, counters) = (Arc::new(Schedule::new()), Arc::new(Counters::default()));
         let listener = Arc::downgrade(&schedule);
-        let sink: Sink = Arc::new(move |over| {
-            if let Some(schedule) = listener.upgrade() {
-                schedule.hand_over(over.owner, over.grant);
-            }
+        let sink: Sink = Arc::new(move |push| match (listener.upgrade(), push) {
+            (Some(schedule), Push::HandOver(over)) => schedule.hand_over(over.owner, over.grant),
+            (Some(schedule), Push::Followed(by)) => schedule.followed(by),
+            (None, _) => {}
         });
         backend.subscribe(client, sink).await?;
         let watchdog = Watchdog {
@@ -123,9 +130,10 @@ impl Locks {
             call_timeout: options.call_timeout,
         };
         tokio::spawn(watchdog.run());
-        let owners = Arc::new(Owners::default());
+        let (owners, lanes) = (Arc::new(Owners::default()), Arc::new(Lanes::default()));
         let closing = CancellationToken::new();
-        let service = Service { backend, client, options, owners, schedule, counters, closing };
+        let service =
+            Service { backend, client, options, owners, lanes, schedule, counters, closing };
         Ok(Self { service: Arc::new(service) })
     }
 
@@ -139,7 +147,8 @@ impl Locks {
         LockRequest::new(Arc::clone(&self.service), keys, Mode::Exclusive)
     }
 
-    /// A new owner of this service, to be named in several requests.
+    /// A new owner of this service, to be named in several requests, also of other processes.
+    /// Requests that name one never pass their locks on within the process.
     #[must_use]
     pub fn owner(&self) -> OwnerId {
         OwnerId::new(self.service.client)
@@ -163,7 +172,8 @@ impl Locks {
         self.service.counters.snapshot()
     }
 
-    /// Shows who holds a key and who waits for it, as the service sees it.
+    /// Shows who holds a key and who waits for it, as the service sees it: waiters of one process
+    /// that pass a lock among themselves have one entry, under an owner of its own.
     ///
     /// # Errors
     /// [`InvalidInput`](ErrorKind::InvalidInput) for a bad key, and the errors of the service.

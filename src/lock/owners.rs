@@ -7,7 +7,11 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::protocol::{Admission, admit};
-use crate::types::{ClientId, LeaseState, OwnerId, Partition, RequestId, ResourceKey, Want};
+use crate::types::{
+    ClientId, FencingToken, LeaseState, OwnerId, Partition, RequestId, ResourceKey, Want,
+};
+
+use super::lane::Lane;
 
 /// How many owners that were fenced out are remembered after their last lock has gone.
 const REMEMBERED: usize = 1024;
@@ -30,18 +34,43 @@ struct Book {
     asking: bool,
 }
 
+/// One grant of an owner.
 #[derive(Debug)]
-struct Entry {
-    partition: Partition,
-    request: RequestId,
-    wants: Vec<Want>,
-    state: Arc<LeaseState>,
+pub(super) struct Entry {
+    pub(super) partition: Partition,
+    pub(super) request: RequestId,
+    pub(super) wants: Vec<Want>,
+    pub(super) state: Arc<LeaseState>,
+    /// Under which name the service knows the owner in this partition, if not its own.
+    pub(super) alias: Option<Alias>,
+    /// To whom the grant may be passed on.
+    pub(super) lane: Option<Arc<Lane>>,
+}
+
+/// The name of an owner at the service, where a lane asked for it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Alias {
+    /// The owner that the service knows.
+    pub(super) owner: OwnerId,
+    /// What the service takes for its token,
+    pub(super) token: FencingToken,
+    /// and what it is.
+    pub(super) instead: FencingToken,
+}
+
+impl Alias {
+    /// The tokens of an answer of the service, as they are.
+    pub(super) fn correct(self, tokens: Vec<FencingToken>) -> Vec<FencingToken> {
+        let correct = |token| if token == self.token { self.instead } else { token };
+        tokens.into_iter().map(correct).collect()
+    }
 }
 
 /// What the books say about a request.
 pub(super) enum Entrance {
-    /// What to do; while the ticket lives, no other request of the owner may ask for new keys.
-    Open(Admission, Option<Ticket>),
+    /// What to do, and under which name; while the ticket lives, no other request of the owner may
+    /// ask for new keys.
+    Open(Admission, Option<Ticket>, Option<Alias>),
     /// A store has rejected this owner. It gets no new grant.
     FencedOut,
 }
@@ -76,7 +105,16 @@ impl Owners {
         if books.fenced_out.contains(&owner) {
             return Entrance::FencedOut;
         }
+        if let Some(book) = books.open.get_mut(&owner) {
+            // What was passed on a moment ago is about to be struck out. What was not, is not now.
+            book.entries.retain(|entry| {
+                let lane = entry.lane.as_ref().filter(|_| entry.partition == partition);
+                lane.is_none_or(|lane| lane.share(owner))
+            });
+        }
         let book = books.open.get(&owner);
+        let here = book.and_then(|book| book.entries.iter().find(|e| e.partition == partition));
+        let alias = here.and_then(|entry| entry.alias);
         let held = book.map(Book::held).unwrap_or_default();
         let asking = book.is_some_and(|book| book.asking);
         let admission = admit(partition, wants, &held, asking, owner.is_of(client));
@@ -88,23 +126,15 @@ impl Owners {
             books.open.entry(owner).or_default().asking = true;
             Ticket { owners: Arc::clone(self), owner }
         });
-        Entrance::Open(admission, ticket)
+        Entrance::Open(admission, ticket, alias)
     }
 
     /// Books a grant.
-    pub(super) fn hold(
-        &self,
-        owner: OwnerId,
-        partition: Partition,
-        request: RequestId,
-        wants: Vec<Want>,
-        state: Arc<LeaseState>,
-    ) {
+    pub(super) fn hold(&self, owner: OwnerId, entry: Entry) {
         let mut books = self.lock();
         if books.fenced_out.contains(&owner) {
-            state.lose();
+            entry.state.lose();
         }
-        let entry = Entry { partition, request, wants, state };
         books.open.entry(owner).or_default().entries.push(entry);
     }
 

@@ -24,6 +24,7 @@ pub struct LockRequest {
     service: Arc<Service>,
     wants: Result<Vec<Want>, ErrorParts>,
     owner: Option<OwnerId>,
+    lent: bool,
     lease: Duration,
     wait: Duration,
     retry: Backoff,
@@ -49,6 +50,7 @@ impl LockRequest {
             service,
             wants: Ok(Vec::new()),
             owner: None,
+            lent: false,
             lease: options.lease,
             wait: options.wait.min(MAX_WAIT),
             retry: options.retry,
@@ -101,6 +103,16 @@ impl LockRequest {
     /// own.
     pub fn owner(mut self, owner: OwnerId) -> Self {
         self.owner = Some(owner);
+        self.lent = true;
+        self
+    }
+
+    /// An owner that was made for this request: it is not named in others before this one is
+    /// granted, nor in another process ever.
+    #[doc(hidden)]
+    pub fn new_owner(mut self, owner: OwnerId) -> Self {
+        self.owner = Some(owner);
+        self.lent = false;
         self
     }
 
@@ -254,6 +266,7 @@ impl LockRequest {
         Ok(Order {
             wants,
             owner: self.owner.unwrap_or_else(|| OwnerId::new(self.service.client)),
+            lent: self.lent,
             lease: Lease::new(self.lease)?,
             deadline: wait.map(|wait| Instant::now() + wait),
             retry: self.retry,

@@ -11,7 +11,7 @@ use std::time::Duration;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
-use crate::protocol::{Grant, Part};
+use crate::protocol::{Followed, Grant, Part};
 use crate::types::{OwnerId, RequestId};
 
 use super::hold::Kept;
@@ -163,6 +163,18 @@ impl Schedule {
         waiting.pushed(grant);
     }
 
+    /// Tells the lane of a request that somebody stands behind it.
+    pub(super) fn followed(&self, by: Followed) {
+        let lane = match self.lock().jobs.get(&by.request) {
+            Some((Job::Wait(waiting), _)) => waiting.lane.clone(),
+            Some((Job::Keep(kept), _)) => kept.lane.clone(),
+            _ => None,
+        };
+        if let Some(lane) = lane.filter(|lane| lane.owner() == by.owner) {
+            lane.follow();
+        }
+    }
+
     /// The jobs that are due. They stay in the table, without a time.
     pub(super) fn take_due(&self, now: Instant) -> Vec<Job> {
         let mut table = self.lock();
@@ -219,7 +231,7 @@ impl Schedule {
             table.due.insert((now, request));
         }
         drop(table);
-        kept.iter().for_each(|kept| kept.state.lose());
+        kept.iter().for_each(|kept| kept.lose());
         self.changed.notify_one();
         kept.len()
     }
@@ -245,7 +257,7 @@ impl Schedule {
         drop(table);
         for (job, _) in jobs.into_values() {
             match job {
-                Job::Keep(kept) => kept.state.lose(),
+                Job::Keep(kept) => kept.lose(),
                 Job::Wait(waiting) => waiting.forgotten(),
                 Job::Settle(_) => {}
             }

@@ -12,23 +12,23 @@ use tokio_util::sync::CancellationToken;
 
 use crate::backend::LockBackend;
 use crate::error::{Error, ErrorKind, Result};
-use crate::protocol::{Acquire, Acquired, Admission, Backoff, Part, Standing};
-use crate::types::{
-    ClientId, FencingToken, Lease, LeaseState, Mode, OwnerId, Partition, RequestId, Want,
-};
+use crate::protocol::{Admission, Backoff, Standing};
+use crate::types::{ClientId, FencingToken, Lease, LeaseState, OwnerId, Partition, Want};
 
 use super::LockOptions;
-use super::hold::{Hold, Kept, lost};
+use super::asking::{Answer, Asking, Terms, held};
+use super::hold::Hold;
+use super::lane::{Lanes, Turn, Way};
 use super::owners::{Entrance, Owners};
-use super::schedule::{Job, Schedule};
+use super::schedule::Schedule;
 use super::statistics::Counters;
-use super::wait::{Turn, Waiting};
 
 pub(super) struct Service {
     pub(super) backend: Arc<dyn LockBackend>,
     pub(super) client: ClientId,
     pub(super) options: LockOptions,
     pub(super) owners: Arc<Owners>,
+    pub(super) lanes: Arc<Lanes>,
     pub(super) schedule: Arc<Schedule>,
     pub(super) counters: Arc<Counters>,
     pub(super) closing: CancellationToken,
@@ -54,6 +54,8 @@ pub(super) struct Order {
     /// Sorted by (partition, key), each key once.
     pub(super) wants: Vec<(Partition, Want)>,
     pub(super) owner: OwnerId,
+    /// Whether the owner may be known to another process, which then knows it at the service.
+    pub(super) lent: bool,
     pub(super) lease: Lease,
     /// Until when to wait; `None` tries once.
     pub(super) deadline: Option<Instant>,
@@ -64,15 +66,6 @@ pub(super) struct Order {
     pub(super) renews: bool,
     pub(super) max_hold: Duration,
     pub(super) state: Arc<LeaseState>,
-}
-
-/// How one call for one part may go on.
-#[derive(Clone, Copy)]
-struct Terms {
-    standing: Standing,
-    queue: bool,
-    retry: bool,
-    re_enters: bool,
 }
 
 impl Service {
@@ -114,7 +107,7 @@ impl Service {
     ) -> Result<()> {
         let mut todo = vec![wants];
         while let Some(wants) = todo.pop() {
-            let Entrance::Open(admission, ticket) =
+            let Entrance::Open(admission, ticket, alias) =
                 self.owners.enter(self.client, order.owner, partition, &wants)
             else {
                 let detail = "a store has rejected this owner's token; start over as a new owner";
@@ -122,7 +115,7 @@ impl Service {
             };
             let terms = match admission {
                 Admission::Ask { standing, queue, retry } => {
-                    Terms { standing, queue, retry, re_enters: ticket.is_none() }
+                    Terms { standing, queue, retry, re_enters: ticket.is_none(), alias }
                 }
                 Admission::Split { held, new } => {
                     todo.extend([new, held]);
@@ -153,25 +146,32 @@ impl Service {
     ) -> Result<Option<Hold>> {
         let started = Instant::now();
         let mut attempt = 0;
+        let mut asking = Asking::default();
+        match self.way(order, partition, wants, terms) {
+            Some(Way::Alone(seat)) => asking.seat = Some(seat),
+            Some(Way::Carry(carrier)) => asking.carrier = Some(carrier),
+            Some(Way::Join(place)) => match self.stand_in_lane(order, wants, place).await? {
+                Turn::Held(hold) => return held(order, hold).map(Some),
+                Turn::Carry(carrier) => asking.carrier = Some(carrier),
+                Turn::Alone => {}
+            },
+            None => {}
+        }
         loop {
-            let request = RequestId::next();
-            let part = Part { partition, owner: order.owner, request, wants: wants.to_vec() };
-            let ask = Acquire {
-                part,
-                client: self.client,
-                lease: order.lease,
-                standing: terms.standing,
-                wait: terms.queue && order.deadline.is_some(),
-                floor: order.floor,
-                limit: order.limit,
-                metadata: order.metadata.clone(),
-            };
-            let refusal = match self.ask_once(order, ask).await? {
-                Answer::Held(hold) if order.state.is_held() => return Ok(Some(hold)),
-                Answer::Held(hold) => return Err(lost("acquire", hold.part())),
-                Answer::Forgotten if self.schedule.is_alive() => continue,
-                Answer::Forgotten => return Err(closed()),
-                Answer::Busy(error, waiters) => (error, waiters),
+            if !self.schedule.is_alive() {
+                return Err(closed());
+            }
+            let ask = self.request(order, partition, wants, terms, &asking);
+            let refusal = match self.ask_once(order, terms, ask, &mut asking).await {
+                Ok(Answer::Held(hold)) => return held(order, hold).map(Some),
+                Ok(Answer::Forgotten) => continue,
+                Ok(Answer::Busy(error, waiters)) => (error, waiters),
+                Err(error) => {
+                    if let Some(lane) = asking.lane().filter(|_| error.is_unavailable()) {
+                        lane.disperse();
+                    }
+                    return Err(error);
+                }
             };
             let pause = self.pause(order, terms, refusal, attempt, started.elapsed())?;
             tokio::time::sleep(pause).await;
@@ -207,116 +207,7 @@ impl Service {
         }
     }
 
-    async fn ask_once(self: &Arc<Self>, order: &Order, ask: Acquire) -> Result<Answer> {
-        let sent = Instant::now();
-        let waiting = Arc::new(Waiting::new(ask.part.clone(), ask.lease, sent));
-        let listening = Job::Wait(Arc::clone(&waiting));
-        self.schedule.put(ask.part.request, listening.clone(), None);
-        let mut pending = Pending { service: self, waiting: &waiting, open: true };
-        // A short wait is no reason to take a slow answer for an outage.
-        let least = self.options.call_timeout / 10;
-        let left = order.deadline.map(|at| at.saturating_duration_since(sent).max(least));
-        let answer = self.call(left, self.backend.acquire(&ask)).await;
-        let acquired = match answer {
-            Ok(acquired) => acquired,
-            // It may have happened, or may yet: `pending` cancels it.
-            Err(error) if error.is_unavailable() => return Err(error),
-            Err(error) => {
-                pending.close();
-                return Err(error);
-            }
-        };
-        match acquired {
-            Acquired::Granted(grant) => {
-                let deadline = sent + order.lease.get() - order.lease.drift();
-                let hold = self.start(order, &ask.part, grant.tokens, deadline, true);
-                pending.close();
-                Ok(Answer::Held(hold))
-            }
-            Acquired::Queued { ask_again_in, .. } => {
-                let at = Instant::now() + ask_again_in;
-                self.schedule.again(ask.part.request, &listening, at);
-                self.stand_in_line(order, &mut pending).await
-            }
-            Acquired::Busy { key, holders, waiters } => {
-                pending.close();
-                let by = match holders.first() {
-                    Some(owner) => format!("held by owner {owner}"),
-                    None => "others wait for it".to_owned(),
-                };
-                Ok(Answer::Busy(Error::new(ErrorKind::Busy, "acquire", by).with_key(key), waiters))
-            }
-            Acquired::Upgrade { key } => {
-                pending.close();
-                Err(self.upgrade(order, Want::new(key, Mode::Exclusive)))
-            }
-            Acquired::LimitReached { key } => {
-                pending.close();
-                let detail = format!("the owner has entered it {} times, its limit", order.limit);
-                Err(Error::new(ErrorKind::LimitReached, "acquire", detail).with_key(key))
-            }
-            Acquired::Cancelled => {
-                let detail = "the request was cancelled while it was under way";
-                Err(Error::new(ErrorKind::Unavailable, "acquire", detail))
-            }
-        }
-    }
-
-    async fn stand_in_line(
-        self: &Arc<Self>,
-        order: &Order,
-        pending: &mut Pending<'_>,
-    ) -> Result<Answer> {
-        let started = Instant::now();
-        let part = &pending.waiting.part;
-        let turn = match order.deadline {
-            Some(deadline) => tokio::time::timeout_at(deadline, pending.waiting.turn()).await,
-            None => Ok(pending.waiting.turn().await),
-        };
-        match turn {
-            Ok(Turn::Granted { grant, deadline, confirmed }) => {
-                let hold = self.start(order, part, grant.tokens, deadline, confirmed);
-                pending.close();
-                Ok(Answer::Held(hold))
-            }
-            Ok(Turn::Forgotten) => Ok(Answer::Forgotten),
-            Err(_) if pending.waiting.is_unanswered() => {
-                let detail = "the lock service stopped answering while the request stood in line";
-                Err(Error::new(ErrorKind::Unavailable, "acquire", detail))
-            }
-            Err(_) => {
-                let busy = Error::new(ErrorKind::Busy, "acquire", "still in line");
-                let key = part.wants.first().map(|want| want.key.clone());
-                let busy = key.into_iter().fold(busy, Error::with_key);
-                Err(timed_out(&busy, started.elapsed()))
-            }
-        }
-    }
-
-    fn start(
-        self: &Arc<Self>,
-        order: &Order,
-        part: &Part,
-        tokens: Vec<FencingToken>,
-        deadline: Instant,
-        confirmed: bool,
-    ) -> Hold {
-        let token = CancellationToken::new();
-        if confirmed {
-            token.cancel();
-        }
-        let kept = Kept {
-            part: part.clone(),
-            lease: order.lease,
-            state: Arc::clone(&order.state),
-            renews: order.renews,
-            last: Instant::now() + order.max_hold,
-            confirmed: token,
-        };
-        Hold::start(Arc::clone(self), kept, tokens, deadline)
-    }
-
-    fn upgrade(&self, order: &Order, want: Want) -> Error {
+    pub(super) fn upgrade(&self, order: &Order, want: Want) -> Error {
         let key = want.key.clone();
         let why = "the owner holds it shared; declare it exclusive from the start";
         self.would_deadlock(order, why).with_key(key)
@@ -334,41 +225,7 @@ impl Service {
     }
 }
 
-/// What became of one call.
-enum Answer {
-    Held(Hold),
-    /// Refused; and whether others wait for the key.
-    Busy(Error, bool),
-    /// The service lost its memory while the request stood in line: ask anew.
-    Forgotten,
-}
-
-/// A request that may be on its way, in line or granted without anybody knowing. Dropped open, it
-/// is cancelled in the background.
-struct Pending<'a> {
-    service: &'a Service,
-    waiting: &'a Waiting,
-    open: bool,
-}
-
-impl Pending<'_> {
-    /// Its fate is known and somebody else takes care of what is left.
-    fn close(&mut self) {
-        self.open = false;
-        self.service.schedule.forget_wait(self.waiting.part.request);
-    }
-}
-
-impl Drop for Pending<'_> {
-    fn drop(&mut self) {
-        if self.open {
-            let until = Instant::now() + self.waiting.lease.get();
-            self.service.settle(self.waiting.part.clone(), true, until);
-        }
-    }
-}
-
-fn timed_out(busy: &Error, waited: Duration) -> Error {
+pub(super) fn timed_out(busy: &Error, waited: Duration) -> Error {
     let detail = format!("waited {waited:.1?} in vain: {busy}");
     let error = Error::new(ErrorKind::TimedOut, "acquire", detail);
     match busy.key() {

@@ -1,6 +1,6 @@
 //! A request that stands in line, as its own client sees it.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::Notify;
 use tokio::time::Instant;
@@ -8,11 +8,15 @@ use tokio::time::Instant;
 use crate::protocol::{Grant, Part};
 use crate::types::Lease;
 
+use super::lane::Lane;
+
 /// Shared by the task that waits, the watchdog that refreshes, and the sink of pushes.
 #[derive(Debug)]
 pub(super) struct Waiting {
     pub(super) part: Part,
     pub(super) lease: Lease,
+    /// Who waits behind it in this process.
+    pub(super) lane: Option<Arc<Lane>>,
     state: Mutex<State>,
     changed: Notify,
 }
@@ -36,9 +40,9 @@ pub(super) enum Turn {
 }
 
 impl Waiting {
-    pub(super) fn new(part: Part, lease: Lease, sent: Instant) -> Self {
+    pub(super) fn new(part: Part, lease: Lease, sent: Instant, lane: Option<Arc<Lane>>) -> Self {
         let state = Mutex::new(State { queued: sent, unanswered: false, outcome: None });
-        Self { part, lease, state, changed: Notify::new() }
+        Self { part, lease, lane, state, changed: Notify::new() }
     }
 
     /// A call sent at `sent` was answered `Queued`.
@@ -46,11 +50,17 @@ impl Waiting {
         let mut state = self.lock();
         state.queued = state.queued.max(sent);
         state.unanswered = false;
+        if let Some(lane) = &self.lane {
+            lane.set_unanswered(false);
+        }
     }
 
     /// A refresh failed.
     pub(super) fn unanswered(&self) {
         self.lock().unanswered = true;
+        if let Some(lane) = &self.lane {
+            lane.set_unanswered(true);
+        }
     }
 
     /// Whether the service has stopped answering while the request stood in line.
@@ -86,8 +96,17 @@ impl Waiting {
     }
 
     /// The first end stands, but a confirmation improves a pushed grant that nobody has taken yet.
-    fn end(&self, turn: Turn) {
+    /// Only the push told how many tokens were reserved.
+    fn end(&self, mut turn: Turn) {
         let mut state = self.lock();
+        if let (
+            Turn::Granted { grant, confirmed: true, .. },
+            Some(Turn::Granted { grant: pushed, .. }),
+        ) = (&mut turn, &state.outcome)
+            && grant.tokens == pushed.tokens
+        {
+            grant.block = grant.block.max(pushed.block);
+        }
         let confirms = matches!(turn, Turn::Granted { confirmed: true, .. });
         if state.outcome.is_none() || confirms {
             state.outcome = Some(turn);

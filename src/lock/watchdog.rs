@@ -114,13 +114,13 @@ impl Watchdog {
     fn urgency(&self, kept: &Arc<Kept>, now: Instant) -> Option<u32> {
         let request = kept.part.request;
         let job = Job::Keep(Arc::clone(kept));
-        if !kept.state.is_held() {
+        if !kept.is_held() {
             self.lose(kept);
             return None;
         }
-        let deadline = kept.state.deadline().unwrap_or(now);
+        let deadline = kept.deadline().unwrap_or(now);
         let confirmed = kept.confirmed.is_cancelled();
-        if confirmed && (!kept.renews || now >= kept.last) {
+        if confirmed && (!kept.renews || now >= kept.last()) {
             self.schedule.again(request, &job, deadline);
             return None;
         }
@@ -157,8 +157,7 @@ impl Watchdog {
         match (job, renewed) {
             (Job::Keep(kept), Renewed::Held(_)) => {
                 let lease = kept.lease;
-                kept.state.extend(kept.part.request, sent + lease.get() - lease.drift());
-                kept.confirmed.cancel();
+                kept.renewed(sent);
                 self.counters.renewed();
                 let interval = Renewals::new(lease).after_success();
                 let due = self.schedule.aligned(sent + interval, interval);
@@ -181,7 +180,10 @@ impl Watchdog {
         let now = Instant::now();
         match job {
             Job::Keep(kept) => {
-                let deadline = kept.state.deadline().unwrap_or(now);
+                if let Some(lane) = &kept.lane {
+                    lane.set_unanswered(true);
+                }
+                let deadline = kept.deadline().unwrap_or(now);
                 let wait = Renewals::new(kept.lease).after_failure(deadline - now);
                 self.schedule.again(kept.part.request, job, (now + wait).min(deadline));
             }
@@ -207,7 +209,7 @@ impl Watchdog {
             // It was given up meanwhile, so that the service knows it no more is as it should be.
             return;
         }
-        kept.state.lose();
+        kept.lose();
         self.counters.lost();
         tracing::warn!(owner = %part.owner, keys = ?part.wants, "lease lost");
     }
@@ -264,7 +266,7 @@ impl Job {
             Job::Wait(waiting) => return Some(waiting.lease.refresh().max(LEAST_ATTEMPT)),
             Job::Settle(_) => return None,
         };
-        let remaining = kept.state.deadline()?.saturating_duration_since(now);
+        let remaining = kept.deadline()?.saturating_duration_since(now);
         Some(Renewals::new(kept.lease).attempt(remaining))
     }
 }

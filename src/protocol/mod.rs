@@ -12,9 +12,9 @@ mod token;
 
 pub use admission::{Admission, Standing, admit};
 pub use backoff::Backoff;
-pub use queue::{HandOver, Queue, Rules, TOMBSTONE};
+pub use queue::{Followed, HandOver, Queue, Rules, TOMBSTONE};
 pub use renewal::Renewals;
 pub use request::{
     Acquire, Acquired, Grant, Holder, Inspection, Part, Released, Renewal, Renewed, Waiter,
 };
-pub use token::{Corrupt, next_token};
+pub use token::{BLOCK_AHEAD, Corrupt, last_of_block, next_token};

@@ -41,6 +41,9 @@ pub struct Acquire {
     pub floor: Option<FencingToken>,
     /// The most entries that the owner may have on one key.
     pub limit: u32,
+    /// How many tokens a grant reserves: 1 unless the client passes the grant on among its own
+    /// waiters, who need one each. Only a fresh request gets more than one.
+    pub block: u32,
     /// Free text that [`Inspection`] shows to operators.
     pub metadata: Option<String>,
 }
@@ -90,6 +93,9 @@ pub struct Grant {
     /// One token per key, in the order of the request's wants. A key that the owner held before
     /// keeps its token.
     pub tokens: Vec<FencingToken>,
+    /// How many tokens, from the one in `tokens` on, nobody else is ever given. A second answer
+    /// about the same grant may say 1, because services do not remember it.
+    pub block: u32,
 }
 
 /// Keep this request alive, be it held or queued.

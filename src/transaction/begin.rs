@@ -130,12 +130,15 @@ impl TransactionRequest {
         let request = locks
             .lock_all(&self.exclusive)
             .shared(&self.shared_keys)
-            .owner(owner)
             .ttl(self.lease)
             .wait(wait)
             .retry(retry)
             .floor(self.floor)
             .state(Arc::clone(&state));
+        let request = match self.owner {
+            Some(owner) => request.owner(owner),
+            None => request.new_owner(owner),
+        };
         let guard = match request.acquire().await {
             Ok(guard) => Some(guard),
             Err(cause) if cause.is_unavailable() => {

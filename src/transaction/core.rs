@@ -326,7 +326,10 @@ impl Tx {
         self.core.attempt
     }
 
-    /// Who holds the locks. Pass it on to let others re-enter.
+    /// Who holds the locks. Others in this process may re-enter as this owner. To lend it to
+    /// another process, make it with [`Locks::owner`](crate::Locks::owner) and name it in
+    /// [`TransactionRequest::owner`](crate::TransactionRequest::owner): the service may not know an
+    /// owner that was not named.
     #[must_use]
     pub fn owner(&self) -> OwnerId {
         self.core.owner

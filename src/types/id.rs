@@ -51,8 +51,14 @@ impl OwnerId {
     /// Whether `client` made this owner.
     #[must_use]
     pub fn is_of(self, client: ClientId) -> bool {
-        let bytes = self.0.as_u128().to_be_bytes();
-        bytes.ends_with(&client.0.to_be_bytes())
+        self.client() == client
+    }
+
+    /// The client that made this owner.
+    #[must_use]
+    pub fn client(self) -> ClientId {
+        let [.., a, b, c, d] = self.0.as_u128().to_be_bytes();
+        ClientId(u32::from_be_bytes([a, b, c, d]))
     }
 
     /// The id as a UUID.

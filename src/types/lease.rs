@@ -152,6 +152,13 @@ impl LeaseState {
         self.deadlines().iter().map(|(_, deadline)| *deadline).min()
     }
 
+    /// When the grant of `request` ends unless it is renewed; `None` when it is not covered.
+    #[must_use]
+    pub fn deadline_of(&self, request: RequestId) -> Option<Instant> {
+        let deadlines = self.deadlines();
+        deadlines.iter().find(|(known, _)| *known == request).map(|(_, deadline)| *deadline)
+    }
+
     /// Whether every grant is still held. Marks the state as lost when a deadline has passed.
     #[must_use]
     pub fn is_held(&self) -> bool {

@@ -15,6 +15,7 @@ mod examples;
 mod fault_matrix;
 mod hazards;
 mod histories;
+mod local_hand_over;
 mod locks;
 mod locks_on_redis;
 mod metrics;

@@ -3,8 +3,8 @@
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use palisade::backend::{LockBackend, RedisBackend, RedisOptions};
-use palisade::protocol::{Acquire, Acquired, HandOver, Part, Renewal, Renewed, Standing};
+use palisade::backend::{LockBackend, Push, RedisBackend, RedisOptions};
+use palisade::protocol::{Acquire, Acquired, Followed, HandOver, Part, Renewal, Renewed, Standing};
 use palisade::{
     ClientId, FencingToken, Lease, Mode, OwnerId, Partition, RequestId, ResourceKey, Want,
 };
@@ -36,6 +36,7 @@ pub fn ask(client: ClientId, owner: OwnerId, keys: &[(&str, Mode)]) -> Acquire {
         wait: true,
         floor: None,
         limit: 100,
+        block: 1,
         metadata: None,
     }
 }
@@ -59,6 +60,7 @@ pub fn tokens(acquired: &Acquired) -> &[FencingToken] {
 pub struct Client {
     pub id: ClientId,
     pushed: Arc<Mutex<Vec<HandOver>>>,
+    followed: Arc<Mutex<Vec<Followed>>>,
 }
 
 impl Client {
@@ -67,19 +69,23 @@ impl Client {
     }
 
     pub async fn with_id(backend: &dyn LockBackend, id: ClientId) -> Self {
-        let client = Self { id, pushed: Arc::default() };
+        let client = Self { id, ..Self::deaf() };
         client.subscribe(backend).await.unwrap();
         client
     }
 
     /// A client that hears nothing until it has subscribed.
     pub fn deaf() -> Self {
-        Self { id: ClientId::random(), pushed: Arc::default() }
+        Self { id: ClientId::random(), pushed: Arc::default(), followed: Arc::default() }
     }
 
     pub async fn subscribe(&self, backend: &dyn LockBackend) -> palisade::Result<()> {
-        let pushed = Arc::clone(&self.pushed);
-        let sink = Arc::new(move |over| pushed.lock().unwrap().push(over));
+        let (pushed, followed) = (Arc::clone(&self.pushed), Arc::clone(&self.followed));
+        let sink = Arc::new(move |push| match push {
+            Push::HandOver(over) => pushed.lock().unwrap().push(over),
+            Push::Followed(by) => followed.lock().unwrap().push(by),
+            other => panic!("{other:?}"),
+        });
         backend.subscribe(self.id, sink).await
     }
 
@@ -89,6 +95,11 @@ impl Client {
 
     pub fn pushed(&self) -> Vec<HandOver> {
         self.pushed.lock().unwrap().clone()
+    }
+
+    /// The requests of this client that are followed, as often as it was told so.
+    pub fn followed(&self) -> Vec<Followed> {
+        self.followed.lock().unwrap().clone()
     }
 
     pub fn was_told(&self, ask: &Acquire) -> bool {

@@ -5,7 +5,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use palisade::backend::{LockBackend, MemoryBackend, RedisBackend};
-use palisade::protocol::{Acquire, Acquired, HandOver, Inspection, Part, Renewed, Standing};
+use palisade::protocol::{
+    Acquire, Acquired, Followed, Grant, HandOver, Inspection, Part, Renewed, Standing,
+};
 use palisade::{ClientId, FencingToken, Mode, OwnerId, RequestId, ResourceKey, Want};
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -30,6 +32,7 @@ enum Step {
         incremental: bool,
         limit: u32,
         short: bool,
+        block: u32,
         metadata: Option<String>,
     },
     /// An acquire is sent again, whatever has become of it.
@@ -50,16 +53,21 @@ fn step(lapses: bool) -> BoxedStrategy<Step> {
         prop::bool::weighted(0.2),
         1..5_u32,
         prop::bool::weighted(if lapses { 0.5 } else { 0.0 }),
+        // An hour of tokens is more than the counter may be ahead of the clock.
+        prop_oneof![4 => Just(1), 4 => 2..300_u32, 1 => Just(3_600_000_000)],
         metadata,
     )
-        .prop_map(|(owner, wants, wait, incremental, limit, short, metadata)| Step::Acquire {
-            owner,
-            wants: wants.map(|want| want % 8),
-            wait,
-            incremental,
-            limit,
-            short,
-            metadata,
+        .prop_map(|(owner, wants, wait, incremental, limit, short, block, metadata)| {
+            Step::Acquire {
+                owner,
+                wants: wants.map(|want| want % 8),
+                wait,
+                incremental,
+                limit,
+                short,
+                block,
+                metadata,
+            }
         });
     let index = 0..1000_usize;
     prop_oneof![
@@ -87,6 +95,9 @@ struct Side<'a> {
     backend: &'a dyn LockBackend,
     client: Client,
     heard: usize,
+    heard_followed: usize,
+    /// How many tokens were reserved, grant by grant, in the answers of this step.
+    blocks: Vec<u32>,
     /// The tokens in the answers of this step, with their keys.
     tokens: Vec<(ResourceKey, FencingToken)>,
 }
@@ -94,18 +105,30 @@ struct Side<'a> {
 impl<'a> Side<'a> {
     async fn new(backend: &'a dyn LockBackend, id: ClientId) -> Self {
         let client = Client::with_id(backend, id).await;
-        Self { backend, client, heard: 0, tokens: Vec::new() }
+        Self {
+            backend,
+            client,
+            heard: 0,
+            heard_followed: 0,
+            blocks: Vec::new(),
+            tokens: Vec::new(),
+        }
     }
 
-    fn note(&mut self, part: &Part, tokens: &[FencingToken]) {
-        let keys = part.wants.iter().map(|want| want.key.clone());
-        self.tokens.extend(keys.zip(tokens.iter().copied()));
+    fn note(&mut self, part: &Part, grant: &Grant) {
+        self.blocks.push(grant.block);
+        // The last token that is reserved is as much in use as the first.
+        for (want, token) in part.wants.iter().zip(&grant.tokens) {
+            let last = token.get() + u64::from(grant.block) - 1;
+            self.tokens.push((want.key.clone(), *token));
+            self.tokens.push((want.key.clone(), FencingToken::new(last).unwrap()));
+        }
     }
 
     async fn acquire(&mut self, ask: &Acquire) -> Answer {
         match self.backend.acquire(ask).await.unwrap() {
             Acquired::Granted(grant) => {
-                self.note(&ask.part, &grant.tokens);
+                self.note(&ask.part, &grant);
                 Answer::Granted(grant.request)
             }
             Acquired::Queued { position, ask_again_in } => {
@@ -125,7 +148,7 @@ impl<'a> Side<'a> {
         let mut told = Vec::new();
         for (answer, (ask, _)) in answers.iter().zip(asks) {
             if let Renewed::Held(Some(grant)) = answer {
-                self.note(&ask.part, &grant.tokens);
+                self.note(&ask.part, grant);
             }
             told.push(match answer {
                 Renewed::Held(Some(_)) => "held, with tokens".to_owned(),
@@ -165,6 +188,14 @@ impl<'a> Side<'a> {
         let all = self.client.pushed();
         let new = all[self.heard..].to_vec();
         self.heard = all.len();
+        new
+    }
+
+    /// Who was told that it is followed since the last call, each once.
+    fn followed(&mut self) -> BTreeSet<Followed> {
+        let all = self.client.followed();
+        let new = all[self.heard_followed..].iter().copied().collect();
+        self.heard_followed = all.len();
         new
     }
 }
@@ -243,7 +274,8 @@ impl<'a> Pair<'a> {
 
     /// The request of a step; none when it has no keys.
     async fn make(&mut self, step: &Step) -> Option<Acquire> {
-        let Step::Acquire { owner, wants, wait, incremental, limit, short, metadata } = step else {
+        let Step::Acquire { owner, wants, wait, incremental, limit, short, block, metadata } = step
+        else {
             return None;
         };
         let owner = self.owners[*owner];
@@ -264,6 +296,7 @@ impl<'a> Pair<'a> {
             wait: *wait,
             floor: None,
             limit: *limit,
+            block: *block,
             metadata: metadata.clone(),
         };
         (!ask.part.wants.is_empty() && !self.waits_otherwise(&ask).await).then_some(ask)
@@ -328,11 +361,13 @@ impl<'a> Pair<'a> {
                 told
             };
             assert_eq!(told(&memory), told(&redis), "hand-overs");
+            let (here, there) = (self.memory.followed(), self.redis.followed());
+            assert!(here == there || self.lapses, "followed: {here:?}, {there:?}");
             for (over, other) in memory.iter().zip(&redis).filter(|_| !self.lapses) {
                 let part = self.asks.iter().find(|ask| ask.part.request == over.grant.request);
                 let part = part.unwrap().part.clone();
-                self.memory.note(&part, &over.grant.tokens);
-                self.redis.note(&part, &other.grant.tokens);
+                self.memory.note(&part, &over.grant);
+                self.redis.note(&part, &other.grant);
             }
             assert_eq!(self.memory.inspect().await, self.redis.inspect().await);
         }
@@ -344,6 +379,9 @@ impl<'a> Pair<'a> {
         let memory = std::mem::take(&mut self.memory.tokens);
         let redis = std::mem::take(&mut self.redis.tokens);
         assert_eq!(memory.len(), redis.len());
+        let (here, there) =
+            (std::mem::take(&mut self.memory.blocks), std::mem::take(&mut self.redis.blocks));
+        assert!(here == there || self.lapses, "blocks: {here:?}, {there:?}");
         for ((key, here), (other, there)) in memory.into_iter().zip(redis) {
             assert_eq!(key, other);
             let key = self.lapses.then_some(key);

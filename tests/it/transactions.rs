@@ -531,3 +531,27 @@ async fn run_can_be_spawned_from_a_method_that_borrows_self() {
     let task = tokio::spawn(async move { service.pay("bob", 7).await });
     assert_eq!(task.await.unwrap().unwrap(), 107);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tasks_that_pass_a_lock_among_themselves_lose_no_update() {
+    let b = Bench::new().await;
+    let mut tasks = tokio::task::JoinSet::new();
+    for _ in 0..64 {
+        let (coordinator, bank) = (b.coordinator.clone(), b.bank.clone());
+        tasks.spawn(async move {
+            for _ in 0..5 {
+                let tx = coordinator.transaction(["alice"]).wait(Duration::from_secs(60)).begin();
+                let tx = tx.await.unwrap();
+                let db = tx.enlist(&bank).await.unwrap();
+                let read = "SELECT cents FROM account WHERE name = 'alice'";
+                let cents: i64 = sqlx::query_scalar(read).fetch_one(&db).await.unwrap();
+                let write = "UPDATE account SET cents = ? WHERE name = 'alice'";
+                sqlx::query(write).bind(cents + 1).execute(&db).await.unwrap();
+                tx.commit().await.unwrap();
+            }
+        });
+    }
+    tasks.join_all().await;
+    assert_eq!(b.cents("alice").await, 100 + 64 * 5, "each token is above the one before");
+    b.assert_clean().await;
+}

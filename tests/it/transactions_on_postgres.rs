@@ -163,3 +163,32 @@ async fn nested_transactions_are_savepoints_behind_fenced_keys() {
     let fenced: i64 = sqlx::query_scalar(fenced).fetch_one(b.bank.pool()).await.unwrap();
     assert_eq!(u64::try_from(fenced).unwrap(), token.get(), "undoing the work kept the fence");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tasks_of_one_process_that_pass_a_lock_among_themselves_lose_no_update() {
+    let b = Bench::new().await;
+    let mut tasks = tokio::task::JoinSet::new();
+    for _ in 0..64 {
+        let (coordinator, bank) = (b.coordinator.clone(), b.bank.clone());
+        tasks.spawn(async move {
+            for _ in 0..5 {
+                let tx = coordinator.transaction(["alice"]).begin().await.unwrap();
+                let db = tx.enlist(&bank).await.unwrap();
+                let read = "SELECT cents FROM account WHERE name = 'alice'";
+                let cents: i64 = sqlx::query_scalar(read).fetch_one(&db).await.unwrap();
+                let write = "UPDATE account SET cents = $1 WHERE name = 'alice'";
+                sqlx::query(write).bind(cents + 1).execute(&db).await.unwrap();
+                tx.commit().await.unwrap();
+            }
+        });
+    }
+    tasks.join_all().await;
+    assert_eq!(b.cents("alice").await, 100 + 64 * 5, "each token is above the one before");
+    let info = b.redis.command(&["INFO", "commandstats"]);
+    let line = info.lines().find(|line| line.starts_with("cmdstat_evalsha:")).unwrap();
+    let calls: u32 =
+        line.split("calls=").nth(1).unwrap().split(',').next().unwrap().parse().unwrap();
+    println!("{calls} commands for {} transactions", 64 * 5);
+    assert!(calls < 64, "{calls} commands for {} transactions", 64 * 5);
+    b.assert_clean().await;
+}

@@ -139,6 +139,8 @@ fn menu(keys: usize, modes: &[Mode], width: usize) -> Vec<Vec<Wish>> {
 /// Every request has this lease. Its length means nothing: what lapses when is an action.
 pub static LEASE: LazyLock<Lease> =
     LazyLock::new(|| Lease::new(Duration::from_millis(120)).unwrap());
+/// Every fresh request asks for so many tokens.
+pub const BLOCK: u32 = 4;
 static CLIENT: LazyLock<ClientId> = LazyLock::new(ClientId::random);
 
 /// The world between two steps. `Hash` and `Eq` see its canonical code only, see `code.rs`.
@@ -152,6 +154,8 @@ pub struct State {
     pub tickets: u64,
     /// The highest token that was ever given out for each key.
     pub top: Vec<u64>,
+    /// The last token for each key that is nobody else's, reserved ones among them.
+    pub reserved: Vec<u64>,
     /// The first promise that an answer of the service broke.
     pub broken: Option<Promise>,
     /// What the service shows, and the canonical code: both set at the end of each step.
@@ -278,6 +282,7 @@ impl State {
             requests: 0,
             tickets: 0,
             top: vec![0; world.names.len()],
+            reserved: vec![0; world.names.len()],
             broken: None,
             seen: Arc::default(),
             code: 0,
@@ -317,6 +322,7 @@ impl State {
             wait: terms.queue,
             floor: None,
             limit: 16,
+            block: if terms.standing == Standing::Fresh { BLOCK } else { 1 },
             metadata: None,
         };
         Request {

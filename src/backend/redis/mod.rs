@@ -15,7 +15,7 @@
 //! | `h:<key>` | hash | shared holders of several owners: owner → token and entries |
 //! | `d:<key>` | sorted set | deadlines of those entries |
 //! | `q:<key>` | sorted set | the line: mode and id of each waiter, by place |
-//! | `w` | hash | id → record of a waiter: its keys, times, client, floor |
+//! | `w` | hash | id → record of a waiter: its keys, times, client, floor, block of tokens |
 //! | `e` | sorted set | until when each waiter lives |
 //! | `x:<id>` | string | tombstone of a cancelled request |
 //! | `m:<id>` | string | metadata, where some was given |

@@ -6,9 +6,11 @@ use redis::Value;
 
 use super::failure;
 use super::request::{parse_id, resource};
+use crate::backend::Push;
 use crate::error::{Error, ErrorKind, Result};
 use crate::protocol::{
-    Acquired, Grant, HandOver, Holder, Inspection, Part, Released, Renewal, Renewed, Waiter,
+    Acquired, Followed, Grant, HandOver, Holder, Inspection, Part, Released, Renewal, Renewed,
+    Waiter,
 };
 use crate::types::{ClientId, FencingToken, Mode, RequestId, Want};
 
@@ -20,7 +22,7 @@ pub(super) fn acquired(value: &Value, part: &Part) -> Result<Acquired> {
 fn read_acquired(value: &Value, part: &Part) -> Option<Acquired> {
     if let Value::Int(_) = value {
         let tokens = vec![token(integer(value)?)?; part.wants.len()];
-        return Some(Acquired::Granted(Grant { request: part.request, tokens }));
+        return Some(Acquired::Granted(Grant { request: part.request, tokens, block: 1 }));
     }
     let (tag, rest) = tagged(value)?;
     let key = |index: &Value| {
@@ -29,6 +31,10 @@ fn read_acquired(value: &Value, part: &Part) -> Option<Acquired> {
     };
     Some(match (tag, rest) {
         ("granted", [tokens]) => Acquired::Granted(grant(tokens, part)?),
+        ("granted", [tokens, block]) => {
+            let block = u32::try_from(integer(block)?).ok()?;
+            Acquired::Granted(Grant { block, ..grant(tokens, part)? })
+        }
         ("queued", [position, ask_again]) => Acquired::Queued {
             position: u32::try_from(integer(position)?).ok()?,
             ask_again_in: micros(ask_again)?,
@@ -127,17 +133,22 @@ fn read_inspection(value: &Value) -> Option<Inspection> {
     })
 }
 
-/// A pushed grant: the id, a space, the tokens.
-pub(super) fn hand_over(client: ClientId, payload: &Value) -> Option<HandOver> {
-    let (id, tokens) = text(payload)?.split_once(' ')?;
+/// What was pushed: the id, a space, and the tokens with how many were reserved, or `followed`.
+pub(super) fn push(client: ClientId, payload: &Value) -> Option<Push> {
+    let (id, told) = text(payload)?.split_once(' ')?;
     let (owner, request) = parse_id(id)?;
-    Some(HandOver { client, owner, grant: Grant { request, tokens: runs(tokens)? } })
+    if told == "followed" {
+        return Some(Push::Followed(Followed { client, owner, request }));
+    }
+    let (tokens, block) = told.split_once(' ')?;
+    let grant = Grant { request, tokens: runs(tokens)?, block: block.parse().ok()? };
+    Some(Push::HandOver(HandOver { client, owner, grant }))
 }
 
 fn grant(tokens: &Value, part: &Part) -> Option<Grant> {
     let tokens = runs(text(tokens)?)?;
     let request: RequestId = part.request;
-    (tokens.len() == part.wants.len()).then_some(Grant { request, tokens })
+    (tokens.len() == part.wants.len()).then_some(Grant { request, tokens, block: 1 })
 }
 
 /// Reads `token*times,...`.

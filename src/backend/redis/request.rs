@@ -36,14 +36,15 @@ pub(super) fn acquire(ask: &Acquire) -> Call {
 
 /// What only an acquire that meets somebody needs, in one argument: each costs every call a little.
 fn slow_way(ask: &Acquire) -> String {
-    let standing = match ask.standing {
-        Standing::Fresh => 'f',
-        Standing::Incremental => 'i',
+    let (standing, block) = match ask.standing {
+        Standing::Fresh if ask.block > 1 => ('b', format!(":{}", ask.block)),
+        Standing::Fresh => ('f', String::new()),
+        Standing::Incremental => ('i', String::new()),
     };
     let wait = if ask.wait { 'w' } else { 't' };
     let (refresh, waiter, claim) = (ask.lease.refresh(), ask.lease.waiter(), ask.lease.claim());
     format!(
-        "{standing}{wait}:{}:{}:{}:{}:{}",
+        "{standing}{wait}:{}:{}:{}:{}:{}{block}",
         ask.client,
         ask.limit,
         micros(refresh),
@@ -101,13 +102,14 @@ pub(super) struct Share {
 }
 
 impl Share {
-    /// Nothing for a request with metadata: the shared call has only the commonest way.
+    /// Nothing for a request with metadata or a block of tokens: the shared call has only the
+    /// commonest way.
     pub(super) fn acquire(ask: &Acquire) -> Option<Self> {
-        let Acquire { part, metadata, .. } = ask;
+        let Acquire { part, metadata, block, .. } = ask;
         let mut share = Self { acquires: true, ..Self::release(part) };
         share.args.write(ask.floor.map_or(0, |floor| floor.get()));
         share.args.write(ask.lease.as_millis());
-        metadata.is_none().then_some(share)
+        (metadata.is_none() && *block <= 1).then_some(share)
     }
 
     pub(super) fn release(part: &Part) -> Self {

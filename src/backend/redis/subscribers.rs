@@ -1,11 +1,11 @@
-//! Who hears of which grants.
+//! Who hears what is pushed.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use redis::{PushInfo, PushKind, Value};
 
-use super::reply::hand_over;
+use super::reply;
 use super::request::channel;
 use crate::backend::Sink;
 use crate::types::ClientId;
@@ -47,7 +47,7 @@ impl Subscribers {
         std::mem::take(&mut self.lock().left)
     }
 
-    /// Passes a pushed grant on. What cannot be read is dropped: the refresh is the truth.
+    /// Passes on what was pushed. What cannot be read is dropped: the refresh is the truth.
     pub(super) fn deliver(&self, push: &PushInfo) {
         if push.kind != PushKind::Message {
             return;
@@ -55,8 +55,8 @@ impl Subscribers {
         let [Value::BulkString(channel), payload] = push.data.as_slice() else { return };
         let Ok(channel) = std::str::from_utf8(channel) else { return };
         let Some((client, sink)) = self.lock().sinks.get(channel).cloned() else { return };
-        if let Some(over) = hand_over(client, payload) {
-            sink(over);
+        if let Some(push) = reply::push(client, payload) {
+            sink(push);
         }
     }
 

@@ -11,6 +11,10 @@
 //! past blocked waiters. Shared never becomes exclusive in place: a waiter whose owner came to hold
 //! one of its keys in a weaker mode meanwhile waits until that entry has gone.
 //!
+//! A grant may reserve a block of tokens, for a client that passes it on among its own waiters. A
+//! request that stands in line behind another one makes it *followed*, so that the other's client
+//! knows that it is not alone.
+//!
 //! A lapse has no timer: it is found by whoever looks at the key next. Waiters refresh, so somebody
 //! looks.
 
@@ -46,6 +50,18 @@ pub struct HandOver {
     pub grant: Grant,
 }
 
+/// A request stands in line directly behind this one: news for whoever passes its grant on among
+/// its own waiters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Followed {
+    /// Where the client of the request listens.
+    pub client: ClientId,
+    /// Who holds or waits there.
+    pub owner: OwnerId,
+    /// By which request.
+    pub request: RequestId,
+}
+
 /// The state of one partition. Times are microseconds of the service's clock.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Queue {
@@ -57,7 +73,8 @@ pub struct Queue {
     waiting: BTreeMap<Id, Waiting>,
     /// Until when the request stays cancelled.
     cancelled: BTreeMap<Id, u64>,
-    handed_over: Vec<(ClientId, Id)>,
+    handed_over: Vec<(ClientId, Id, u32)>,
+    followed: Vec<Id>,
 }
 
 /// What stands at one key: requests that hold it, in the order of their grants, and the line.
@@ -65,6 +82,14 @@ pub struct Queue {
 struct Slot {
     entries: Vec<(Id, Mode)>,
     line: Vec<(Id, Mode)>,
+}
+
+/// How a request is to be held.
+struct Granted<'a> {
+    deadline_us: u64,
+    floor: Option<FencingToken>,
+    block: u32,
+    metadata: &'a Option<String>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -85,6 +110,7 @@ struct Waiting {
     client: ClientId,
     standing: Standing,
     floor: Option<FencingToken>,
+    block: u32,
     metadata: Option<String>,
 }
 
@@ -110,7 +136,8 @@ impl Queue {
             // Whoever asks again counts a whole lease from its first asking. If the first copy was
             // queued and then handed over, there is only a claim.
             held.deadline_us = held.deadline_us.max(now_us + micros(ask.lease.get()));
-            return Ok(Acquired::Granted(Grant { request: id.1, tokens: held.tokens.clone() }));
+            let tokens = held.tokens.clone();
+            return Ok(Acquired::Granted(Grant { request: id.1, tokens, block: 1 }));
         }
         if self.waiting.contains_key(&id) {
             return Ok(self.queued(now_us, id));
@@ -127,9 +154,10 @@ impl Queue {
             return Ok(self.queued(now_us, id));
         }
         let deadline_us = now_us + micros(ask.lease.get());
-        let tokens =
-            self.hold(now_us, id, &ask.part.wants, deadline_us, ask.floor, &ask.metadata)?;
-        Ok(Acquired::Granted(Grant { request: id.1, tokens }))
+        let block = if ask.standing == Standing::Fresh { ask.block } else { 1 };
+        let terms = Granted { deadline_us, floor: ask.floor, block, metadata: &ask.metadata };
+        let (tokens, block) = self.hold(now_us, id, &ask.part.wants, terms)?;
+        Ok(Acquired::Granted(Grant { request: id.1, tokens, block }))
     }
 
     /// Keeps requests alive, held or queued, each for itself.
@@ -151,10 +179,11 @@ impl Queue {
         self.promote(now_us, keys(&renewal.part.wants))?;
         if let Some(held) = self.held.get_mut(&id) {
             held.deadline_us = held.deadline_us.max(now_us + micros(renewal.lease.get()));
-            let grant = Grant { request: id.1, tokens: held.tokens.clone() };
+            let grant = Grant { request: id.1, tokens: held.tokens.clone(), block: 1 };
             return Ok(Renewed::Held(renewal.waiting.then_some(grant)));
         }
         if self.waiting.contains_key(&id) {
+            self.follow(now_us, id);
             let ask_again_in = self.ask_again_in(now_us, id);
             return Ok(Renewed::Queued { ask_again_in });
         }
@@ -225,11 +254,18 @@ impl Queue {
     /// meanwhile are left out.
     pub fn take_hand_overs(&mut self) -> Vec<HandOver> {
         let handed = std::mem::take(&mut self.handed_over);
-        let tell = handed.into_iter().filter_map(|(client, (owner, request))| {
+        let tell = handed.into_iter().filter_map(|(client, (owner, request), block)| {
             let tokens = self.held.get(&(owner, request))?.tokens.clone();
-            Some(HandOver { client, owner, grant: Grant { request, tokens } })
+            Some(HandOver { client, owner, grant: Grant { request, tokens, block } })
         });
         tell.collect()
+    }
+
+    /// Takes the requests behind which somebody was found to stand since the last call.
+    pub fn take_followed(&mut self) -> Vec<Followed> {
+        let followed = std::mem::take(&mut self.followed);
+        let tell = |(owner, request): Id| Followed { client: owner.client(), owner, request };
+        followed.into_iter().map(tell).collect()
     }
 
     /// Removes everything that has lapsed, on every key, so that nothing stays for ever on keys
@@ -279,7 +315,8 @@ impl Queue {
         Acquired::Busy { key, holders, waiters }
     }
 
-    fn queued(&self, now_us: u64, id: Id) -> Acquired {
+    fn queued(&mut self, now_us: u64, id: Id) -> Acquired {
+        self.follow(now_us, id);
         let wants = self.waiting.get(&id).map(|waiting| waiting.wants.as_slice());
         let before = wants.unwrap_or_default().iter().map(|want| {
             let line = self.keys.get(&want.key).map(|slot| slot.line.as_slice());
@@ -287,6 +324,28 @@ impl Queue {
         });
         let position = u32::try_from(before.max().unwrap_or(0)).unwrap_or(u32::MAX);
         Acquired::Queued { position, ask_again_in: self.ask_again_in(now_us, id) }
+    }
+
+    /// Notes which requests stand directly before this one: on each key the waiter before it or,
+    /// for the first in line, those who hold the key alone. Each refresh notes it again, because
+    /// the notice may be lost. Those who share a key pass nothing on.
+    fn follow(&mut self, now_us: u64, id: Id) {
+        let Some(waiting) = self.waiting.get(&id) else { return };
+        let mut before: Vec<Id> = Vec::new();
+        for slot in waiting.wants.iter().filter_map(|want| self.keys.get(&want.key)) {
+            let ahead = slot.line.iter().take_while(|(other, _)| *other != id).last();
+            let holders = slot.entries.iter().filter(|_| ahead.is_none());
+            let found = ahead.into_iter().chain(holders);
+            let alone = found.filter(|(other, mode)| {
+                *mode == Mode::Exclusive && other.0 != id.0 && self.is_live(now_us, *other)
+            });
+            before.extend(alone.map(|(other, _)| *other));
+        }
+        for other in before {
+            if !self.followed.contains(&other) {
+                self.followed.push(other);
+            }
+        }
     }
 
     /// One refresh interval, or sooner for a waiter at a front: when the last lease that is in its
@@ -324,6 +383,7 @@ impl Queue {
                 client: ask.client,
                 standing: ask.standing,
                 floor: ask.floor,
+                block: if ask.standing == Standing::Fresh { ask.block } else { 1 },
                 metadata: ask.metadata.clone(),
             },
         );

@@ -4,8 +4,8 @@ use crate::types::{FencingToken, Mode, OwnerId, ResourceKey, Want};
 
 use super::super::Standing;
 use super::super::request::Acquire;
-use super::super::token::{Corrupt, next_token};
-use super::{Held, Id, Queue, keys, micros};
+use super::super::token::{Corrupt, last_of_block, next_token};
+use super::{Granted, Held, Id, Queue, Waiting, keys, micros};
 
 impl Queue {
     /// The strongest mode in which `owner` holds `key`.
@@ -78,21 +78,25 @@ impl Queue {
         others.any(|(id, _)| self.is_live(now_us, *id))
     }
 
-    /// Makes a request a holder. Keys that its owner holds already keep their token.
+    /// Makes a request a holder. Keys that its owner holds already keep their token. Returns the
+    /// tokens, and how many were reserved.
     pub(super) fn hold(
         &mut self,
         now_us: u64,
         id: Id,
         wants: &[Want],
-        deadline_us: u64,
-        floor: Option<FencingToken>,
-        metadata: &Option<String>,
-    ) -> Result<Vec<FencingToken>, Corrupt> {
+        terms: Granted<'_>,
+    ) -> Result<(Vec<FencingToken>, u32), Corrupt> {
+        let Granted { deadline_us, floor, block, metadata } = terms;
         let old: Vec<_> =
             wants.iter().map(|want| self.token_of_owner(now_us, id.0, &want.key)).collect();
+        let block = if old.iter().all(Option::is_none) { block } else { 1 };
+        let mut reserved = 1;
         let fresh = if old.iter().any(Option::is_none) {
             let token = next_token(self.last, now_us, floor)?;
-            self.last = Some(token);
+            let last = last_of_block(token, now_us, block);
+            reserved = u32::try_from(last.get() - token.get() + 1).unwrap_or(1);
+            self.last = Some(last);
             Some(token)
         } else {
             None
@@ -104,7 +108,7 @@ impl Queue {
         let metadata = metadata.clone();
         let held = Held { wants: wants.to_vec(), tokens: tokens.clone(), deadline_us, metadata };
         self.held.insert(id, held);
-        Ok(tokens)
+        Ok((tokens, reserved))
     }
 
     /// What lapsed is no longer held, though nobody has found it yet: its token is not passed on.
@@ -181,8 +185,10 @@ impl Queue {
         let waiting = waiting.clone();
         self.remove(id);
         let deadline_us = now_us + micros(waiting.lease.claim());
-        self.hold(now_us, id, &waiting.wants, deadline_us, waiting.floor, &waiting.metadata)?;
-        self.handed_over.push((waiting.client, id));
+        let Waiting { floor, block, metadata, .. } = &waiting;
+        let terms = Granted { deadline_us, floor: *floor, block: *block, metadata };
+        let (_, block) = self.hold(now_us, id, &waiting.wants, terms)?;
+        self.handed_over.push((waiting.client, id, block));
         Ok(true)
     }
 }

@@ -3,6 +3,10 @@ use crate::types::Partition;
 
 const START: u64 = 1_000_000;
 
+fn token(number: u64) -> FencingToken {
+    FencingToken::new(number).unwrap()
+}
+
 struct Bench {
     queue: Queue,
     client: ClientId,
@@ -28,6 +32,7 @@ impl Bench {
             wait: true,
             floor: None,
             limit: 8,
+            block: 1,
             metadata: None,
         }
     }
@@ -296,4 +301,58 @@ fn an_acquire_that_is_sent_again_after_the_hand_over_is_held_for_a_whole_lease()
     tokens(&b.acquire(&second));
     let seen = b.queue.inspect(b.now_us, &second.part.wants[0].key);
     assert_eq!(seen.holders[0].expires_in, second.lease.get());
+}
+
+#[test]
+fn a_block_is_reserved_by_the_grant_and_the_next_token_is_above_it() {
+    let mut b = Bench::new();
+    let first = Acquire { block: 256, ..b.ask(b.owner(), &[("a", X), ("b", X)]) };
+    let Acquired::Granted(grant) = b.acquire(&first) else { panic!("not granted") };
+    assert_eq!((grant.block, grant.tokens[0], grant.tokens[1]), (256, token(START), token(START)));
+    let Acquired::Granted(copy) = b.acquire(&first) else { panic!("not granted") };
+    assert_eq!((copy.block, copy.tokens), (1, grant.tokens), "a copy of the answer knows of one");
+    let waiter = Acquire { block: 10, ..b.ask(b.owner(), &[("a", X)]) };
+    assert!(matches!(b.acquire(&waiter), Acquired::Queued { .. }));
+    assert_eq!(tokens(&b.acquire(&b.ask(b.owner(), &[("c", X)]))), [START + 256]);
+    b.release(&first);
+    let over = b.queue.take_hand_overs().remove(0);
+    assert_eq!((over.grant.block, over.grant.tokens[0]), (10, token(START + 257)));
+    assert_eq!(tokens(&b.acquire(&b.ask(b.owner(), &[("d", X)]))), [START + 267]);
+}
+
+#[test]
+fn an_owner_that_holds_something_and_a_counter_that_runs_ahead_get_one_token() {
+    let mut b = Bench::new();
+    let owner = b.owner();
+    let hour = 3_600_000_000;
+    let far = Acquire { block: 3_600_000_000, ..b.ask(owner, &[("a", X)]) };
+    assert_eq!(tokens(&b.acquire(&far)), [START]);
+    let more = Acquire { block: 9, standing: Standing::Incremental, ..b.ask(owner, &[("b", X)]) };
+    assert_eq!(tokens(&b.acquire(&more)), [START + hour]);
+    let other = Acquire { block: 9, ..b.ask(b.owner(), &[("c", X)]) };
+    let Acquired::Granted(grant) = b.acquire(&other) else { panic!("not granted") };
+    assert_eq!((grant.block, grant.tokens[0]), (1, token(START + hour + 1)));
+}
+
+#[test]
+fn whoever_stands_directly_before_a_waiter_is_told_that_it_is_followed() {
+    let mut b = Bench::new();
+    let [one, two, three] = [(); 3].map(|()| b.ask(b.owner(), &[("a", X), ("b", X)]));
+    let told = |b: &mut Bench| -> Vec<RequestId> {
+        b.queue.take_followed().into_iter().map(|by| by.request).collect()
+    };
+    b.acquire(&one);
+    assert_eq!(told(&mut b), []);
+    b.acquire(&two);
+    assert_eq!(told(&mut b), [one.part.request], "once, though it is before it on both keys");
+    b.acquire(&three);
+    assert_eq!(told(&mut b), [two.part.request]);
+    b.renew(&three, true);
+    assert_eq!(told(&mut b), [two.part.request], "a refresh repeats it");
+    b.queue.cancel(b.now_us, &two.part).unwrap();
+    b.renew(&three, true);
+    assert_eq!(told(&mut b), [one.part.request]);
+    b.acquire(&b.ask(b.owner(), &[("c", S)]));
+    b.acquire(&b.ask(b.owner(), &[("c", X)]));
+    assert_eq!(told(&mut b), [], "readers pass nothing on");
 }

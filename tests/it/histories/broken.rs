@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use palisade::backend::{Capabilities, LockBackend, MemoryBackend, Sink};
+use palisade::backend::{Capabilities, LockBackend, MemoryBackend, Push, Sink};
 use palisade::protocol::{
     Acquire, Acquired, Grant, HandOver, Inspection, Part, Released, Renewal, Renewed,
 };
@@ -68,8 +68,11 @@ impl LockBackend for Broken {
 
     async fn subscribe(&self, client: ClientId, sink: Sink) -> Result<()> {
         let bug = self.bug;
-        let sink: Sink = Arc::new(move |over: HandOver| {
-            sink(HandOver { grant: Self::grant(bug, over.grant), ..over });
+        let sink: Sink = Arc::new(move |push| match push {
+            Push::HandOver(over) => {
+                sink(Push::HandOver(HandOver { grant: Self::grant(bug, over.grant), ..over }));
+            }
+            other => sink(other),
         });
         self.inner.subscribe(client, sink).await
     }
@@ -108,7 +111,7 @@ impl LockBackend for Broken {
     async fn inspect(&self, partition: Partition, key: &ResourceKey) -> Result<Inspection> {
         let mut seen = self.inner.inspect(partition, key).await?;
         for holder in &mut seen.holders {
-            let grant = Grant { request: holder.request, tokens: vec![holder.token] };
+            let grant = Grant { request: holder.request, tokens: vec![holder.token], block: 1 };
             holder.token = Self::grant(self.bug, grant).tokens[0];
         }
         Ok(seen)

@@ -47,6 +47,7 @@ impl Holder {
             wait: false,
             floor: None,
             limit: 100,
+            block: 1,
             metadata: None,
         };
         Self { locks: service.locks(), ask, token: None, told: Vec::new() }

@@ -1,12 +1,14 @@
 -- Asks for all keys of a set: the slow way, behind acquire_fast.lua, slots.lua and line.lua.
 --
--- ARGV[5]: f (fresh) or i (incremental), w (wait) or t (try), then :client:limit and refresh,
--- waiter and claim times in µs. The order of the checks is that of protocol::Queue::acquire. A
--- place in line is a number from the token counter: it only grows, whatever the clock does.
+-- ARGV[5]: f (fresh), b (fresh, with a block of tokens) or i (incremental), w (wait) or t (try),
+-- then :client:limit, refresh, waiter and claim times in µs, and for b the block. The order
+-- of the checks is that of protocol::Queue::acquire. A place in line is a number from the token
+-- counter: it only grows, whatever the clock does.
 local owner, r = sub(ARGV[1], 1, 32), sub(ARGV[1], 33)
-local standing_as, wait, client, limit, refresh, life, claim =
-  match(ARGV[5], '^([fi])([wt]):(%x+):(%d+):(%d+):(%d+):(%d+)$')
-local fresh = standing_as == 'f'
+local standing_as, wait, client, limit, refresh, life, claim, block =
+  match(ARGV[5], '^([fbi])([wt]):(%x+):(%d+):(%d+):(%d+):(%d+):?(%d*)$')
+local fresh = standing_as ~= 'i'
+block = tonumber(block) or 1
 local floor = tonumber(ARGV[4])
 local meta = ARGV[6]
 local wants = wants_of(2, #KEYS - 1, modes)
@@ -71,8 +73,8 @@ end
 
 if meta then call('SET', P .. 'm:' .. ARGV[1], meta, 'PX', ARGV[2] + GRACE) end
 if not blocked then
-  tokens = hold(owner, r, wants, now + ARGV[2] * 1000, number, meta)
-  return save({'granted', runs(tokens)})
+  tokens, block = hold(owner, r, wants, now + ARGV[2] * 1000, number, meta, block)
+  return save({'granted', runs(tokens), block})
 end
 local ends = now + life
 local names = {}
@@ -87,8 +89,8 @@ for i, w in ipairs(wants) do
 end
 call('ZADD', E, text(ends), ARGV[1])
 call('HSET', W, ARGV[1], table.concat({
-  text(number), text(now), refresh, life, claim, client, ARGV[4], meta and '1' or '0', ARGV[3],
-  table.concat(names, '\0'),
+  text(number), text(now), refresh, life, claim, client, ARGV[4], meta and '1' or '0', block,
+  ARGV[3], table.concat(names, '\0'),
 }, ':'))
 local position, ask = standing(record(ARGV[1]))
 return save({'queued', position, ask})

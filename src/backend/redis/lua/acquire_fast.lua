@@ -4,7 +4,8 @@
 -- ARGV: 1 owner and request, 2 lease in ms, 3 modes: x or s, one for all keys or one each,
 --       4 floor (0 = none), 5 what only the slow way needs, 6 metadata (missing = none)
 -- Returns: a token, which all keys got, or an array:
---       granted, tokens as number*times,... | queued, position, ask again in µs |
+--       granted, tokens as number*times,..., how many are reserved (missing = 1) |
+--       queued, position, ask again in µs |
 --       busy, index of the want, 1 if somebody waits, owners... | upgrade, index | limit, index |
 --       cancelled | corrupt, Redis key
 --
@@ -43,7 +44,7 @@ count = token
 
 local prefix = string.match(KEYS[1], '^palisade:{%d+}:')
 local cancelled = mark ~= '' and call('EXISTS', prefix .. 'x:' .. id) == 1
-if not cancelled and ARGV[4] + 0 < token then
+if not cancelled and ARGV[4] + 0 < token and string.byte(ARGV[5]) ~= 98 then -- b has a block
   local modes = ARGV[6] and string.upper(modes) or modes
   local from, to = 2, #KEYS
 -- include take.lua

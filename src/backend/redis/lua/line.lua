@@ -7,8 +7,8 @@
 local function record(id)
   local v = call('HGET', W, id)
   if not v then return nil end
-  local ticket, since, refresh, life, claim, client, floor, meta, modes, names =
-    match(v, '^(%d+):(%d+):(%d+):(%d+):(%d+):(%x+):(%d+):([01]):([xs]+):(.+)$')
+  local ticket, since, refresh, life, claim, client, floor, meta, block, modes, names =
+    match(v, '^(%d+):(%d+):(%d+):(%d+):(%d+):(%x+):(%d+):([01]):(%d+):([xs]+):(.+)$')
   if not ticket then return nil end
   local wants = {}
   for name in gmatch(names, '[^%z]+') do
@@ -18,7 +18,7 @@ local function record(id)
   return {
     id = id, owner = sub(id, 1, 32), r = sub(id, 33), ticket = ticket, refresh = tonumber(refresh),
     life = tonumber(life), claim = tonumber(claim), client = client, floor = tonumber(floor),
-    meta = meta == '1', wants = wants,
+    meta = meta == '1', block = tonumber(block), wants = wants,
   }
 end
 
@@ -91,9 +91,10 @@ local function let_in(c)
   local token = next_token(rec.floor)
   if not token then return end
   leave(rec)
-  local tokens = hold(rec.owner, rec.r, rec.wants, now + rec.claim, token, rec.meta)
+  local tokens, block =
+    hold(rec.owner, rec.r, rec.wants, now + rec.claim, token, rec.meta, rec.block)
   -- A push is a hint; a user who may not publish must not stop the script half-way.
-  try('PUBLISH', 'palisade:c:' .. rec.client, rec.id .. ' ' .. runs(tokens))
+  try('PUBLISH', 'palisade:c:' .. rec.client, rec.id .. ' ' .. runs(tokens) .. ' ' .. block)
 end
 
 -- Grants every waiter that the changes at the dirty keys let through, in the order of arrival.
@@ -122,16 +123,28 @@ local function promote()
 end
 
 -- Where a waiter stands, and when it should ask again: after one refresh interval, or, for the
--- first in a line, when the last lease in its way may have lapsed.
+-- first in a line, when the last lease in its way may have lapsed. Tells those directly before it,
+-- once each, that they are followed; the client of a request is the end of its owner.
 local function standing(rec)
-  local position, ends = 0, 0
+  local position, ends, told = 0, 0, {}
+  local function follow(m, id)
+    if m ~= 'x' or told[id] or sub(id, 1, 32) == rec.owner then return end
+    told[id] = true
+    try('PUBLISH', 'palisade:c:' .. sub(id, 25, 32), id .. ' followed')
+  end
   for _, w in ipairs(rec.wants) do
     local s = slot(w.name)
     local rank = not s.bad and call('ZRANK', s.q, w.m .. rec.id) or 0
     position = math.max(position, rank)
     if rank == 0 then
-      for _, e in ipairs(s.list) do ends = math.max(ends, e.n) end
+      for _, e in ipairs(s.list) do
+        ends = math.max(ends, e.n)
+        follow(lower(e.m), s.owner .. e.r)
+      end
       if s.many then ends = math.max(ends, call('ZRANGE', s.d, -1, -1, 'WITHSCORES')[2] or 0) end
+    else
+      local ahead = call('ZRANGE', s.q, rank - 1, rank - 1)[1]
+      follow(sub(ahead, 1, 1), sub(ahead, 2))
     end
   end
   if ends == 0 then return position, rec.refresh end

@@ -305,22 +305,29 @@ local function add(s, owner, r, m, deadline, token)
   end
 end
 
--- Grants a request on all of its keys; a key that its owner holds keeps its token.
--- Returns the tokens.
-local function hold(owner, r, wants, deadline, fresh, meta)
+-- Grants a request on all of its keys; a key that its owner holds keeps its token. Reserves `block`
+-- tokens if all keys are new, and one where the counter is ahead of the clock by more than a second
+-- (protocol::last_of_block). Returns the tokens, and how many were reserved.
+local function hold(owner, r, wants, deadline, fresh, meta, block)
   local tokens, took = {}, false
+  if block > 1 then
+    local far = fresh > now + 1000000 or fresh + block > 9007199254740992
+    for _, w in ipairs(wants) do
+      if far or own(slot(w.name), owner) then block = 1 end
+    end
+  end
   for i, w in ipairs(wants) do
     local s = slot(w.name)
     local token = own(s, owner)
     if not token then
-      if not took then take(fresh) end
+      if not took then take(fresh + block - 1) end
       token, took = fresh, true
     end
     tokens[i] = token
     add(s, owner, r, meta and upper(w.m) or w.m, deadline, token)
   end
   if meta then extend(P .. 'm:' .. owner .. r, math.ceil((deadline - now) / 1000) + GRACE) end
-  return tokens
+  return tokens, block
 end
 
 -- Tokens as number*times,...: a set of new keys has one token.

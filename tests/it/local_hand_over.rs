@@ -1,0 +1,616 @@
+//! Waiters of one process that pass a lock among themselves: in order, each with a token of its
+//! own, never a lost one, and never past somebody of another process.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use palisade::backend::{
+    Capabilities, LockBackend, MemoryBackend, Push, RedisBackend, RedisOptions, Sink,
+};
+use palisade::protocol::{Acquire, Acquired, Inspection, Part, Released, Renewal, Renewed};
+use palisade::{
+    ClientId, Error, ErrorKind, FencingToken, LockGuard, LockOptions, Locks, Partition, ResourceKey,
+};
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::task::{JoinHandle, JoinSet};
+use tokio::time::advance;
+
+use crate::cancel::{at_every_await, drop_after};
+use crate::support::{RedisServer, wait_until};
+
+const SOON: Duration = Duration::from_secs(20);
+/// As many tokens as one grant reserves.
+const BLOCK: u64 = 256;
+
+async fn over(backend: &Arc<MemoryBackend>, options: LockOptions) -> Locks {
+    Locks::with_options(Arc::clone(backend) as _, options).await.unwrap()
+}
+
+async fn memory() -> (Arc<MemoryBackend>, Locks) {
+    let backend = Arc::new(MemoryBackend::new());
+    let locks = over(&backend, LockOptions::default()).await;
+    (backend, locks)
+}
+
+async fn redis(server: &RedisServer) -> Locks {
+    palisade::connect(&server.url()).await.unwrap()
+}
+
+/// Lets the background tasks run until they have nothing to do.
+async fn settle() {
+    for _ in 0..50 {
+        tokio::task::yield_now().await;
+    }
+}
+
+/// How many stand at the service: holders and waiters.
+async fn standing(locks: &Locks) -> (usize, usize) {
+    let seen = locks.inspect("k").await.unwrap();
+    (seen.holders.len(), seen.waiters.len())
+}
+
+/// The key is held by one who got it from the service for a lane of waiters, over a paused clock.
+async fn lane(locks: &Locks) -> LockGuard {
+    let first = locks.lock("k").acquire().await.unwrap();
+    let second = tokio::spawn(locks.lock("k").acquire());
+    settle().await;
+    first.release().await.unwrap();
+    let second = second.await.unwrap().unwrap();
+    second.confirmed().await.unwrap();
+    second
+}
+
+fn number(token: FencingToken) -> u64 {
+    token.get()
+}
+
+/// Tasks that each take the key, tell their name and token, and give it up.
+struct Crew {
+    told: UnboundedSender<(&'static str, u64)>,
+    order: UnboundedReceiver<(&'static str, u64)>,
+    tasks: JoinSet<()>,
+}
+
+impl Crew {
+    fn new() -> Self {
+        let (told, order) = unbounded_channel();
+        Self { told, order, tasks: JoinSet::new() }
+    }
+
+    fn send(&mut self, locks: &Locks, name: &'static str) {
+        let (request, told) = (locks.lock("k"), self.told.clone());
+        self.tasks.spawn(async move {
+            let guard = request.acquire().await.unwrap();
+            told.send((name, number(guard.token()))).unwrap();
+            guard.release().await.unwrap();
+        });
+    }
+
+    /// The names in the order of their grants, whose tokens must have grown.
+    async fn come_back(mut self, after: u64) -> Vec<&'static str> {
+        self.tasks.join_all().await;
+        let (mut names, mut last) = (Vec::new(), after);
+        while let Ok((name, token)) = self.order.try_recv() {
+            assert!(token > last, "{name} has {token} after {last}");
+            last = token;
+            names.push(name);
+        }
+        names
+    }
+}
+
+/// Takes the key `times` times in each of `tasks` tasks. Nobody is inside beside another, and
+/// tokens grow from holder to holder.
+async fn storm(locks: &Locks, tasks: usize, times: usize) {
+    let last = Arc::new(AtomicU64::new(0));
+    let mut storm = JoinSet::new();
+    for _ in 0..tasks {
+        let (locks, last) = (locks.clone(), Arc::clone(&last));
+        storm.spawn(async move {
+            for _ in 0..times {
+                let guard = locks.lock("k").wait(SOON).acquire().await.unwrap();
+                let token = number(guard.token());
+                let before = last.swap(token, SeqCst);
+                assert!(before < token, "{before} before {token}");
+                tokio::task::yield_now().await;
+                assert_eq!(last.load(SeqCst), token, "somebody else is inside");
+                guard.release().await.unwrap();
+            }
+        });
+    }
+    storm.join_all().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn waiters_of_one_process_are_served_in_order_with_one_request() {
+    let (_, locks) = memory().await;
+    let first = locks.lock("k").acquire().await.unwrap();
+    let mut crew = Crew::new();
+    for name in ["a", "b", "c", "d", "e"] {
+        crew.send(&locks, name);
+        settle().await;
+    }
+    assert_eq!(standing(&locks).await, (1, 1), "one stands in line for all");
+    let token = number(first.token());
+    first.release().await.unwrap();
+    assert_eq!(crew.come_back(token).await, ["a", "b", "c", "d", "e"]);
+    settle().await;
+    assert_eq!(standing(&locks).await, (0, 0));
+    let statistics = locks.statistics();
+    assert_eq!((statistics.acquired, statistics.released, statistics.active), (6, 6, 0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tokens_grow_over_many_passes_and_lanes() {
+    let (_, locks) = memory().await;
+    storm(&locks, 24, 200).await;
+    let server = RedisServer::start();
+    let locks = redis(&server).await;
+    storm(&locks, 24, 200).await;
+    wait_until("nothing is left", SOON, async || standing(&locks).await == (0, 0)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hand_over_within_the_process_sends_next_to_nothing() {
+    let server = RedisServer::start();
+    let locks = redis(&server).await;
+    storm(&locks, 1, 1).await;
+    let calls = || {
+        let info = server.command(&["INFO", "commandstats"]);
+        let line = info.lines().find(|line| line.starts_with("cmdstat_evalsha:")).unwrap();
+        let calls = line.split("calls=").nth(1).unwrap().split(',').next().unwrap();
+        calls.parse::<usize>().unwrap()
+    };
+    let before = calls();
+    storm(&locks, 16, 256).await;
+    let sent = calls() - before;
+    println!("{sent} commands for {} hand-overs", 16 * 256);
+    assert!(sent <= 16 * 256 / 16, "{sent} commands for {} hand-overs", 16 * 256);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lane_that_is_full_is_followed_by_the_next() {
+    let (_, locks) = memory().await;
+    let first = locks.lock("k").acquire().await.unwrap();
+    let mut crew = Crew::new();
+    for _ in 0..2 * BLOCK + 3 {
+        crew.send(&locks, "one of many");
+    }
+    settle().await;
+    assert_eq!(standing(&locks).await, (1, 3));
+    first.release().await.unwrap();
+    assert_eq!(crew.come_back(0).await.len() as u64, 2 * BLOCK + 3);
+    settle().await;
+    assert_eq!(standing(&locks).await, (0, 0));
+}
+
+/// The holder at the service has lost its lease; those who wait behind it ask anew and get grants
+/// of their own, none of them from the block of the lost one.
+async fn all_are_served_after(lost: u64, waiters: Vec<JoinHandle<palisade::Result<LockGuard>>>) {
+    let mut last = lost + BLOCK;
+    for waiter in waiters {
+        let guard = waiter.await.unwrap().unwrap();
+        assert!(number(guard.token()) > last, "{} after {lost}", guard.token());
+        last = number(guard.token());
+        guard.release().await.unwrap();
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lost_lease_is_not_passed_on() {
+    for dropped in [false, true] {
+        let (backend, locks) = memory().await;
+        let holder = lane(&locks).await;
+        let token = number(holder.token());
+        let mut waiters = Vec::new();
+        for _ in 0..5 {
+            waiters.push(tokio::spawn(locks.lock("k").wait(SOON).acquire()));
+            settle().await;
+        }
+        assert_eq!(standing(&locks).await, (1, 0));
+        backend.forget();
+        holder.lost().await;
+        all_are_served_after(token, waiters).await;
+        if dropped {
+            drop(holder);
+        } else {
+            assert_eq!(holder.release().await.unwrap_err().kind(), ErrorKind::LeaseLost);
+        }
+        settle().await;
+        assert_eq!(standing(&locks).await, (0, 0));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_process_that_was_stopped_for_longer_than_its_lease_passes_nothing_on() {
+    let (_, locks) = memory().await;
+    let holder = lane(&locks).await;
+    let token = number(holder.token());
+    let waiters: Vec<_> =
+        (0..3).map(|_| tokio::spawn(locks.lock("k").wait(3 * SOON).acquire())).collect();
+    settle().await;
+    advance(2 * LockOptions::default().lease).await;
+    assert_eq!(holder.release().await.unwrap_err().kind(), ErrorKind::LeaseLost);
+    all_are_served_after(token, waiters).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn everybody_is_served_when_redis_is_emptied_in_the_midst() {
+    let server = RedisServer::start();
+    let locks = redis(&server).await;
+    let lease = Duration::from_millis(600);
+    let request = || locks.lock("k").ttl(lease).wait(SOON);
+    let first = request().acquire().await.unwrap();
+    let second = tokio::spawn(request().acquire());
+    wait_until("it stands in line", SOON, async || standing(&locks).await == (1, 1)).await;
+    let mut waiters: Vec<_> = (0..20).map(|_| tokio::spawn(request().acquire())).collect();
+    first.release().await.unwrap();
+    let holder = second.await.unwrap().unwrap();
+    holder.confirmed().await.unwrap();
+    server.command(&["FLUSHALL"]);
+    tokio::time::timeout(4 * lease, holder.lost()).await.expect("the holder hears of it");
+    let mut tokens = Vec::new();
+    while !waiters.is_empty() {
+        let (guard, _, rest) = futures_util::future::select_all(waiters).await;
+        let guard = guard.unwrap().unwrap();
+        tokens.push(number(guard.token()));
+        guard.release().await.unwrap();
+        waiters = rest;
+    }
+    assert!(tokens.is_sorted_by(|a, b| a < b) && tokens[0] > number(holder.token()) + BLOCK);
+    assert_eq!(holder.release().await.unwrap_err().kind(), ErrorKind::LeaseLost);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_waiter_that_is_dropped_at_any_await_costs_nobody_a_turn() {
+    let (_, locks) = memory().await;
+    for carrier in [true, false] {
+        let holder =
+            if carrier { locks.lock("k").acquire().await.unwrap() } else { lane(&locks).await };
+        let behind = std::cell::RefCell::new(Vec::new());
+        let wait = Duration::from_millis(50);
+        let attempt = || locks.lock("k").wait(wait).acquire();
+        let check = async || {
+            behind.borrow_mut().push(tokio::spawn(locks.lock("k").wait(SOON).acquire()));
+            settle().await;
+        };
+        assert!(at_every_await(attempt, check).await > 0);
+        holder.release().await.unwrap();
+        for waiter in behind.into_inner() {
+            waiter.await.unwrap().unwrap().release().await.unwrap();
+        }
+        settle().await;
+        assert_eq!(standing(&locks).await, (0, 0));
+        assert_eq!(locks.statistics().active, 0);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn whoever_is_dropped_before_it_sees_its_turn_passes_it_on() {
+    let (_, locks) = memory().await;
+    let holder = lane(&locks).await;
+    let token = number(holder.token());
+    let mut gone = Box::pin(locks.lock("k").acquire());
+    assert!(!drop_after(gone.as_mut(), 0).await, "it waits in the lane");
+    let next = tokio::spawn(locks.lock("k").acquire());
+    settle().await;
+    drop(holder);
+    drop(gone);
+    let next = next.await.unwrap().unwrap();
+    assert_eq!(number(next.token()), token + 2, "the token of the one that has gone is not used");
+    next.release().await.unwrap();
+    settle().await;
+    assert_eq!((standing(&locks).await, locks.statistics().active), ((0, 0), 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_carrier_that_gives_up_leaves_the_others_to_go_on_in_order() {
+    let (_, locks) = memory().await;
+    let first = locks.lock("k").acquire().await.unwrap();
+    let carrier = tokio::spawn(locks.lock("k").acquire());
+    settle().await;
+    let mut crew = Crew::new();
+    for name in ["a", "b", "c"] {
+        crew.send(&locks, name);
+        settle().await;
+    }
+    carrier.abort();
+    settle().await;
+    assert_eq!(standing(&locks).await, (1, 1), "the next stands in line for all");
+    first.release().await.unwrap();
+    assert_eq!(crew.come_back(0).await, ["a", "b", "c"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_holder_re_enters_with_its_own_token_and_what_it_entered_is_not_passed_on() {
+    let (_, locks) = memory().await;
+    let holder = lane(&locks).await;
+    let second = tokio::spawn(locks.lock("k").acquire());
+    settle().await;
+    holder.release().await.unwrap();
+    let second = second.await.unwrap().unwrap();
+    let owner = second.owner();
+    let again = locks.lock("k").owner(owner).acquire().await.unwrap();
+    assert_eq!(again.token(), second.token(), "not the token that the service knows");
+    assert_eq!(second.info().hold_count, 2);
+    let more = locks.lock("l").owner(owner).acquire().await.unwrap();
+    assert!(more.token() > second.token());
+    let third = tokio::spawn(locks.lock("k").acquire());
+    settle().await;
+    let token = second.token();
+    second.release().await.unwrap();
+    settle().await;
+    assert!(!third.is_finished(), "one entry of two is left");
+    let more_still = locks.lock("m").owner(owner).acquire().await.unwrap();
+    again.release().await.unwrap();
+    let third = third.await.unwrap().unwrap();
+    assert!(third.token() > token);
+    assert!(more.is_held() && more_still.is_held());
+    let refused = locks.lock("l").try_acquire().await.unwrap();
+    assert!(refused.is_none(), "what was locked beside it is not the next holder's");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_owner_that_was_seen_holds_nothing_after_its_turn() {
+    let (backend, locks) = memory().await;
+    let there = over(&backend, LockOptions::default()).await;
+    let holder = lane(&locks).await;
+    let second = tokio::spawn(locks.lock("k").acquire());
+    settle().await;
+    let seen = holder.locked().clone();
+    holder.release().await.unwrap();
+    let _second = second.await.unwrap().unwrap();
+    for locks in [&locks, &there] {
+        let again = locks.lock("k").owner(seen.owner()).try_acquire().await.unwrap();
+        assert!(again.is_none(), "its grant has another holder now");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_owner_that_was_named_is_known_to_the_service_and_can_be_lent() {
+    let (backend, locks) = memory().await;
+    let there = over(&backend, LockOptions::default()).await;
+    let holder = lane(&locks).await;
+    let owner = locks.owner();
+    let named = tokio::spawn(locks.lock("k").owner(owner).acquire());
+    settle().await;
+    assert_eq!(standing(&locks).await, (1, 1), "it stands in line for itself");
+    let late = tokio::spawn(locks.lock("k").acquire());
+    settle().await;
+    holder.release().await.unwrap();
+    let named = named.await.unwrap().unwrap();
+    let lent = there.lock("k").owner(owner).acquire().await.unwrap();
+    assert_eq!(lent.token(), named.token());
+    named.release().await.unwrap();
+    settle().await;
+    assert!(!late.is_finished());
+    lent.release().await.unwrap();
+    late.await.unwrap().unwrap().release().await.unwrap();
+}
+
+/// The order in which a crew of two processes is served: `a` to `c` come before another process,
+/// `x`, then `d` to `f`.
+async fn served_by(ours: &Locks, theirs: &Locks, arrived: impl AsyncFn()) -> Vec<&'static str> {
+    let first = ours.lock("k").acquire().await.unwrap();
+    let mut crew = Crew::new();
+    for name in ["a", "b", "c", "x", "d", "e", "f"] {
+        crew.send(if name == "x" { theirs } else { ours }, name);
+        arrived().await;
+    }
+    let token = number(first.token());
+    first.release().await.unwrap();
+    crew.come_back(token).await
+}
+
+#[tokio::test(start_paused = true)]
+async fn nobody_is_overtaken_unless_the_options_say_so() {
+    for (passes, millis, expected) in [
+        (0, 0, ["a", "b", "c", "x", "d", "e", "f"]),
+        (0, 9_000, ["a", "b", "c", "x", "d", "e", "f"]),
+        (9, 0, ["a", "b", "c", "x", "d", "e", "f"]),
+        (1, 9_000, ["a", "b", "c", "d", "x", "e", "f"]),
+        (9, 9_000, ["a", "b", "c", "d", "e", "f", "x"]),
+    ] {
+        let mut options = LockOptions::default();
+        options.hand_over.passes = passes;
+        options.hand_over.time = Duration::from_millis(millis);
+        let backend = Arc::new(MemoryBackend::new());
+        let (ours, theirs) = (over(&backend, options).await, over(&backend, options).await);
+        assert_eq!(served_by(&ours, &theirs, settle).await, expected, "{:?}", options.hand_over);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_of_another_process_is_overtaken_on_redis() {
+    let server = RedisServer::start();
+    let (ours, theirs) = (redis(&server).await, redis(&server).await);
+    let arrived = AtomicU64::new(0);
+    let asked = async || {
+        // Where the others of a lane have arrived cannot be seen; a task that was spawned has
+        // joined long before two round trips are over, and notices come before the answers to them.
+        let n = arrived.fetch_add(1, SeqCst);
+        let at_service = if n < 3 {
+            1
+        } else if n < 4 {
+            2
+        } else {
+            3
+        };
+        wait_until("it has arrived", SOON, async || standing(&ours).await.1 == at_service).await;
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        standing(&ours).await;
+    };
+    let order = served_by(&ours, &theirs, asked).await;
+    assert_eq!(order, ["a", "b", "c", "x", "d", "e", "f"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn it_can_be_switched_off() {
+    let mut options = LockOptions::default();
+    options.hand_over.enabled = false;
+    let locks = over(&Arc::new(MemoryBackend::new()), options).await;
+    let first = locks.lock("k").acquire().await.unwrap();
+    let mut crew = Crew::new();
+    ["a", "b", "c"].into_iter().for_each(|name| crew.send(&locks, name));
+    settle().await;
+    assert_eq!(standing(&locks).await, (1, 3), "each stands in line for itself");
+    first.release().await.unwrap();
+    assert_eq!(crew.come_back(0).await.len(), 3);
+}
+
+/// A lock service in memory whose notices and answers can be lost.
+#[derive(Debug, Default)]
+struct Lossy {
+    inner: MemoryBackend,
+    no_notice: Arc<AtomicBool>,
+    no_answer: AtomicBool,
+    no_renewal: AtomicBool,
+}
+
+fn unavailable() -> Error {
+    Error::new(ErrorKind::Unavailable, "test", "the answer is lost")
+}
+
+#[async_trait]
+impl LockBackend for Lossy {
+    fn capabilities(&self) -> Capabilities {
+        self.inner.capabilities()
+    }
+    async fn subscribe(&self, client: ClientId, sink: Sink) -> palisade::Result<()> {
+        let lost = Arc::clone(&self.no_notice);
+        let some: Sink = Arc::new(move |push| {
+            if !(matches!(push, Push::Followed(_)) && lost.load(SeqCst)) {
+                sink(push);
+            }
+        });
+        self.inner.subscribe(client, some).await
+    }
+    fn unsubscribe(&self, client: ClientId) {
+        self.inner.unsubscribe(client);
+    }
+    async fn acquire(&self, ask: &Acquire) -> palisade::Result<Acquired> {
+        let answer = self.inner.acquire(ask).await;
+        if self.no_answer.load(SeqCst) {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+            return Err(unavailable());
+        }
+        answer
+    }
+    async fn renew(&self, at: Partition, asks: &[Renewal]) -> palisade::Result<Vec<Renewed>> {
+        if self.no_renewal.load(SeqCst) {
+            return Err(unavailable());
+        }
+        self.inner.renew(at, asks).await
+    }
+    async fn release(&self, part: &Part) -> palisade::Result<Released> {
+        self.inner.release(part).await
+    }
+    async fn cancel(&self, part: &Part) -> palisade::Result<()> {
+        self.inner.cancel(part).await
+    }
+    async fn inspect(&self, at: Partition, key: &ResourceKey) -> palisade::Result<Inspection> {
+        self.inner.inspect(at, key).await
+    }
+    async fn ping(&self) -> palisade::Result<()> {
+        Ok(())
+    }
+}
+
+async fn lossy() -> (Arc<Lossy>, Locks, Locks) {
+    let backend = Arc::new(Lossy::default());
+    let connect =
+        async || Locks::with_options(Arc::clone(&backend) as _, LockOptions::default()).await;
+    let (ours, theirs) = (connect().await.unwrap(), connect().await.unwrap());
+    (backend, ours, theirs)
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lost_notice_costs_one_refresh() {
+    let (backend, ours, theirs) = lossy().await;
+    let holder = lane(&ours).await;
+    backend.no_notice.store(true, SeqCst);
+    let mut crew = Crew::new();
+    crew.send(&theirs, "x");
+    settle().await;
+    backend.no_notice.store(false, SeqCst);
+    crew.send(&ours, "before the refresh");
+    settle().await;
+    tokio::time::sleep(LockOptions::default().lease / 3).await;
+    crew.send(&ours, "after the refresh");
+    settle().await;
+    let token = number(holder.token());
+    holder.release().await.unwrap();
+    let order = crew.come_back(token).await;
+    assert_eq!(order, ["before the refresh", "x", "after the refresh"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_carrier_whose_answer_is_lost_leaves_the_others_to_ask_for_themselves() {
+    let (backend, locks, _) = lossy().await;
+    let first = locks.lock("k").acquire().await.unwrap();
+    backend.no_answer.store(true, SeqCst);
+    let carrier = tokio::spawn(locks.lock("k").acquire());
+    let behind: Vec<_> = (0..3).map(|_| tokio::spawn(locks.lock("k").acquire())).collect();
+    for failed in std::iter::once(carrier).chain(behind) {
+        assert_eq!(failed.await.unwrap().unwrap_err().kind(), ErrorKind::Unavailable);
+    }
+    backend.no_answer.store(false, SeqCst);
+    first.release().await.unwrap();
+    settle().await;
+    assert_eq!(standing(&locks).await, (0, 0), "what may have been queued was cancelled");
+    locks.lock("k").acquire().await.unwrap().release().await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lane_whose_service_stops_answering_ends_in_an_outage_and_not_in_a_time_out() {
+    let (backend, locks, _) = lossy().await;
+    let holder = lane(&locks).await;
+    let wait = LockOptions::default().lease / 2;
+    let waiter = tokio::spawn(locks.lock("k").wait(wait).acquire());
+    settle().await;
+    backend.no_renewal.store(true, SeqCst);
+    let error = waiter.await.unwrap().unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
+    assert!(holder.is_held());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_grant_whose_renewal_is_overdue_is_not_passed_on() {
+    let (backend, locks, _) = lossy().await;
+    let holder = lane(&locks).await;
+    let token = number(holder.token());
+    let waiter = tokio::spawn(locks.lock("k").wait(SOON).acquire());
+    settle().await;
+    backend.no_renewal.store(true, SeqCst);
+    tokio::time::sleep(LockOptions::default().lease * 3 / 4).await;
+    assert!(holder.is_held());
+    backend.no_renewal.store(false, SeqCst);
+    // The watchdog has not renewed yet: nothing has run since.
+    holder.release().await.unwrap();
+    let waiter = waiter.await.unwrap().unwrap();
+    assert!(number(waiter.token()) > token + BLOCK, "a grant of its own");
+}
+
+#[tokio::test]
+async fn two_drivers_push_the_same_notices() {
+    let server = RedisServer::start();
+    let options = RedisOptions::default();
+    let redis = RedisBackend::connect(&server.url(), options).await.unwrap();
+    let memory = MemoryBackend::new();
+    let both: [&dyn LockBackend; 2] = [&memory, &redis];
+    for backend in both {
+        let client = crate::redis_asks::Client::of(backend).await;
+        let [one, two, three] = [(); 3].map(|()| client.ask(&[("k", palisade::Mode::Exclusive)]));
+        for ask in [&one, &two, &three] {
+            backend.acquire(ask).await.unwrap();
+        }
+        backend.ping().await.unwrap();
+        let told = || client.followed().iter().map(|by| by.request).collect::<Vec<_>>();
+        assert_eq!(told(), [one.part.request, two.part.request], "{backend:?}");
+        crate::redis_asks::renew(backend, &three, true).await;
+        backend.ping().await.unwrap();
+        assert_eq!(told().len(), 3, "a refresh repeats the notice");
+    }
+}
