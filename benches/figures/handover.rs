@@ -28,7 +28,7 @@ pub fn run(bench: &mut Bench) {
     let windows = [bench.window(450, 1_500), bench.window(450, 2_000)];
     let (mut ratios, mut fairness, mut commands) = (Vec::new(), Vec::new(), Vec::new());
     multi_thread().block_on(async {
-        let locks = palisade::connect(&server.url()).await.expect("a lock service");
+        let locks = crate::waiters_of_the_service(&server).await;
         for (waiters, window) in WAITERS.into_iter().zip(windows) {
             bench.report.measuring(format!("hand-over: {waiters} waiters"));
             let ring = ring(&server, waiters).await;

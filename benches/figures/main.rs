@@ -21,10 +21,12 @@ mod window;
 use std::time::Duration;
 
 use clap::Parser;
+use palisade::{LockOptions, Locks};
 use tokio::runtime::{Builder, Runtime};
 
 use machine::Watch;
 use report::Report;
+use support::RedisServer;
 
 /// A group of figures that are measured together.
 type Group = (&'static [&'static str], fn(&mut Bench));
@@ -91,4 +93,11 @@ fn multi_thread() -> Runtime {
 
 fn current_thread() -> Runtime {
     Builder::new_current_thread().enable_all().build().expect("a runtime")
+}
+
+/// Locks whose waiters all stand in line at the service, as those of many processes do.
+async fn waiters_of_the_service(server: &RedisServer) -> Locks {
+    let mut options = LockOptions::default();
+    options.hand_over.enabled = false;
+    palisade::connect_with(&server.url(), options).await.expect("a lock service")
 }
