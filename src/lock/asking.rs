@@ -117,7 +117,7 @@ impl Service {
         let exclusive = || wants.iter().all(|want| want.mode == Mode::Exclusive);
         (may && waits && plain && whole && exclusive()).then(|| {
             let set = KeySet { partition, lease: order.lease, wants: wants.to_vec() };
-            self.lanes.enter(set, (order.owner, &order.state, order.max_hold), rules)
+            self.lanes.enter(set, (order.owner, &order.state), rules)
         })
     }
 

@@ -15,6 +15,9 @@ use super::owners::{Alias, Entry};
 use super::schedule::{Job, Settle};
 use super::service::Service;
 
+/// Longer leases have no longer claims.
+const CLAIMED: Duration = Duration::from_secs(30);
+
 /// What the watchdog knows of a grant. It stays when the grant is passed on within the process.
 #[derive(Debug)]
 pub(super) struct Kept {
@@ -80,20 +83,32 @@ impl Kept {
     }
 
     /// Makes `state` the one that is lost with the grant, if there is a grant to pass on: held, and
-    /// for as long as a grant is that was pushed (a third of the lease at least). With less, its
-    /// renewal is overdue.
-    fn pass(&self, state: &Arc<LeaseState>, last: Instant) -> bool {
+    /// with time to spare. A third of the lease, because with less its renewal is overdue; where it
+    /// was pushed and is being confirmed, a part of the claim.
+    ///
+    /// Until it is taken it is renewed for no longer than a lease: the next holder may never look.
+    fn pass(&self, state: &Arc<LeaseState>) -> bool {
         let mut holder = self.lock();
         let now = Instant::now();
-        let least = now + self.lease.get() / 3 + self.lease.drift();
+        let lease = self.lease.get();
+        let spare = match self.confirmed.is_cancelled() {
+            true => lease / 3,
+            false => lease.min(CLAIMED) / 10,
+        };
+        let least = now + spare + self.lease.drift();
         let deadline = holder.state.deadline_of(self.part.request);
         let Some(deadline) = deadline.filter(|deadline| *deadline > least) else { return false };
         if now >= holder.last || !holder.state.is_held() {
             return false;
         }
         state.cover(self.part.request, deadline);
-        *holder = Holder { state: Arc::clone(state), last };
+        *holder = Holder { state: Arc::clone(state), last: now + lease };
         true
+    }
+
+    /// Whoever it was passed on to has it in hand.
+    fn taken(&self, max_hold: Duration) {
+        self.lock().last = Instant::now() + max_hold;
     }
 
     fn lock(&self) -> MutexGuard<'_, Holder> {
@@ -181,6 +196,12 @@ impl Hold {
         self.service.schedule.aligned(sent + interval, interval).min(deadline)
     }
 
+    /// What was passed on has arrived.
+    pub(super) fn taken(self, max_hold: Duration) -> Self {
+        self.kept.taken(max_hold);
+        self
+    }
+
     pub(super) fn part(&self) -> &Part {
         &self.kept.part
     }
@@ -212,7 +233,7 @@ impl Hold {
             lane.end(None);
             return false;
         };
-        if !self.kept.pass(&next.state, Instant::now() + next.max_hold) {
+        if !self.kept.pass(&next.state) {
             lane.end(Some(next));
             return false;
         }

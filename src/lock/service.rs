@@ -151,7 +151,9 @@ impl Service {
             Some(Way::Alone(seat)) => asking.seat = Some(seat),
             Some(Way::Carry(carrier)) => asking.carrier = Some(carrier),
             Some(Way::Join(place)) => match self.stand_in_lane(order, wants, place).await? {
-                Turn::Held(hold) => return held(order, hold).map(Some),
+                Turn::Held(hold) => {
+                    return held(order, hold.taken(order.max_hold)).map(Some);
+                }
                 Turn::Carry(carrier) => asking.carrier = Some(carrier),
                 Turn::Alone => {}
             },

@@ -28,14 +28,21 @@ async fn over(backend: &Arc<MemoryBackend>, options: LockOptions) -> Locks {
     Locks::with_options(Arc::clone(backend) as _, options).await.unwrap()
 }
 
+/// With hand-over within the process.
+fn enabled() -> LockOptions {
+    let mut options = LockOptions::default();
+    options.hand_over.enabled = true;
+    options
+}
+
 async fn memory() -> (Arc<MemoryBackend>, Locks) {
     let backend = Arc::new(MemoryBackend::new());
-    let locks = over(&backend, LockOptions::default()).await;
+    let locks = over(&backend, enabled()).await;
     (backend, locks)
 }
 
 async fn redis(server: &RedisServer) -> Locks {
-    palisade::connect(&server.url()).await.unwrap()
+    palisade::connect_with(&server.url(), enabled()).await.unwrap()
 }
 
 /// Lets the background tasks run until they have nothing to do.
@@ -355,7 +362,7 @@ async fn a_holder_re_enters_with_its_own_token_and_what_it_entered_is_not_passed
 #[tokio::test(start_paused = true)]
 async fn an_owner_that_was_seen_holds_nothing_after_its_turn() {
     let (backend, locks) = memory().await;
-    let there = over(&backend, LockOptions::default()).await;
+    let there = over(&backend, enabled()).await;
     let holder = lane(&locks).await;
     let second = tokio::spawn(locks.lock("k").acquire());
     settle().await;
@@ -371,7 +378,7 @@ async fn an_owner_that_was_seen_holds_nothing_after_its_turn() {
 #[tokio::test(start_paused = true)]
 async fn an_owner_that_was_named_is_known_to_the_service_and_can_be_lent() {
     let (backend, locks) = memory().await;
-    let there = over(&backend, LockOptions::default()).await;
+    let there = over(&backend, enabled()).await;
     let holder = lane(&locks).await;
     let owner = locks.owner();
     let named = tokio::spawn(locks.lock("k").owner(owner).acquire());
@@ -413,7 +420,7 @@ async fn nobody_is_overtaken_unless_the_options_say_so() {
         (1, 9_000, ["a", "b", "c", "d", "x", "e", "f"]),
         (9, 9_000, ["a", "b", "c", "d", "e", "f", "x"]),
     ] {
-        let mut options = LockOptions::default();
+        let mut options = enabled();
         options.hand_over.passes = passes;
         options.hand_over.time = Duration::from_millis(millis);
         let backend = Arc::new(MemoryBackend::new());
@@ -448,8 +455,7 @@ async fn nobody_of_another_process_is_overtaken_on_redis() {
 
 #[tokio::test(start_paused = true)]
 async fn it_can_be_switched_off() {
-    let mut options = LockOptions::default();
-    options.hand_over.enabled = false;
+    let options = LockOptions::default();
     let locks = over(&Arc::new(MemoryBackend::new()), options).await;
     let first = locks.lock("k").acquire().await.unwrap();
     let mut crew = Crew::new();
@@ -520,8 +526,7 @@ impl LockBackend for Lossy {
 
 async fn lossy() -> (Arc<Lossy>, Locks, Locks) {
     let backend = Arc::new(Lossy::default());
-    let connect =
-        async || Locks::with_options(Arc::clone(&backend) as _, LockOptions::default()).await;
+    let connect = async || Locks::with_options(Arc::clone(&backend) as _, enabled()).await;
     let (ours, theirs) = (connect().await.unwrap(), connect().await.unwrap());
     (backend, ours, theirs)
 }

@@ -41,7 +41,8 @@ impl Bench {
 
     /// Another process, as it were: the same lock service and the same store.
     async fn join(backend: &Arc<MemoryBackend>, bank: &SqlStore<Sqlite>) -> Coordinator {
-        let options = LockOptions::default();
+        let mut options = LockOptions::default();
+        options.hand_over.enabled = true;
         let locks = Locks::with_options(Arc::clone(backend) as _, options).await.unwrap();
         Coordinator::builder(locks).store(bank).build()
     }

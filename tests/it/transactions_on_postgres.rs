@@ -41,7 +41,9 @@ impl Bench {
     }
 
     async fn join(redis: &RedisServer, bank: &SqlStore<Postgres>) -> Coordinator {
-        let locks = palisade::connect(&redis.url()).await.unwrap();
+        let mut options = palisade::LockOptions::default();
+        options.hand_over.enabled = true;
+        let locks = palisade::connect_with(&redis.url(), options).await.unwrap();
         Coordinator::builder(locks).store(bank).wait(Duration::from_secs(30)).build()
     }
 
