@@ -78,7 +78,7 @@ impl Service {
         &self,
         order: &Order,
         partition: Partition,
-        wants: &[Want],
+        wants: &Arc<[Want]>,
         terms: Terms,
         asking: &Asking,
     ) -> Acquire {
@@ -86,7 +86,7 @@ impl Service {
         let alias = lane.map(|lane| lane.owner()).or(terms.alias.map(|alias| alias.owner));
         let (owner, request) = (alias.unwrap_or(order.owner), RequestId::next());
         Acquire {
-            part: Part { partition, owner, request, wants: wants.to_vec() },
+            part: Part { partition, owner, request, wants: Arc::clone(wants) },
             client: self.client,
             lease: order.lease,
             standing: terms.standing,
@@ -105,7 +105,7 @@ impl Service {
         &self,
         order: &Order,
         partition: Partition,
-        wants: &[Want],
+        wants: &Arc<[Want]>,
         terms: Terms,
     ) -> Option<Way> {
         let rules = self.options.hand_over;
@@ -116,7 +116,7 @@ impl Service {
         let whole = wants.len() == order.wants.len();
         let exclusive = || wants.iter().all(|want| want.mode == Mode::Exclusive);
         (may && waits && plain && whole && exclusive()).then(|| {
-            let set = KeySet { partition, lease: order.lease, wants: wants.to_vec() };
+            let set = KeySet { partition, lease: order.lease, wants: Arc::clone(wants) };
             self.lanes.enter(set, (order.owner, &order.state), rules)
         })
     }

@@ -170,7 +170,7 @@ impl Hold {
         let entry = Entry {
             partition: *partition,
             request: *request,
-            wants: wants.clone(),
+            wants: Arc::clone(wants),
             state: Arc::clone(&state),
             alias,
             lane: kept.lane.clone(),

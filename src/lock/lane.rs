@@ -69,7 +69,7 @@ pub struct LocalHandOver {
 pub(super) struct KeySet {
     pub(super) partition: Partition,
     pub(super) lease: Lease,
-    pub(super) wants: Vec<Want>,
+    pub(super) wants: Arc<[Want]>,
 }
 
 impl Hash for KeySet {

@@ -39,7 +39,7 @@ struct Book {
 pub(super) struct Entry {
     pub(super) partition: Partition,
     pub(super) request: RequestId,
-    pub(super) wants: Vec<Want>,
+    pub(super) wants: Arc<[Want]>,
     pub(super) state: Arc<LeaseState>,
     /// Under which name the service knows the owner in this partition, if not its own.
     pub(super) alias: Option<Alias>,

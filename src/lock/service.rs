@@ -91,7 +91,7 @@ impl Service {
         let mut holds = Vec::new();
         for part in order.wants.chunk_by(|(a, _), (b, _)| a == b) {
             let Some((partition, _)) = part.first() else { continue };
-            let wants: Vec<Want> = part.iter().map(|(_, want)| want.clone()).collect();
+            let wants: Arc<[Want]> = part.iter().map(|(_, want)| want.clone()).collect();
             self.enter(order, *partition, wants, &mut holds).await?;
         }
         Ok(holds)
@@ -102,7 +102,7 @@ impl Service {
         self: &Arc<Self>,
         order: &Order,
         partition: Partition,
-        wants: Vec<Want>,
+        wants: Arc<[Want]>,
         holds: &mut Vec<Hold>,
     ) -> Result<()> {
         let mut todo = vec![wants];
@@ -118,7 +118,7 @@ impl Service {
                     Terms { standing, queue, retry, re_enters: ticket.is_none(), alias }
                 }
                 Admission::Split { held, new } => {
-                    todo.extend([new, held]);
+                    todo.extend([new.into(), held.into()]);
                     continue;
                 }
                 Admission::Upgrade(want) => return Err(self.upgrade(order, want)),
@@ -141,7 +141,7 @@ impl Service {
         self: &Arc<Self>,
         order: &Order,
         partition: Partition,
-        wants: &[Want],
+        wants: &Arc<[Want]>,
         terms: Terms,
     ) -> Result<Option<Hold>> {
         let started = Instant::now();

@@ -3,6 +3,7 @@
 //! Each of the five operations is one atomic step within one partition, and each is safe to send
 //! twice: requests are known by `(owner, request)`.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::types::{
@@ -21,7 +22,7 @@ pub struct Part {
     /// Which of the owner's calls this is.
     pub request: RequestId,
     /// The keys and modes, sorted by key, each key once.
-    pub wants: Vec<Want>,
+    pub wants: Arc<[Want]>,
 }
 
 /// A request for all keys of `part`, or for none of them.

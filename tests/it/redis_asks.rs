@@ -29,7 +29,7 @@ pub fn ask(client: ClientId, owner: OwnerId, keys: &[(&str, Mode)]) -> Acquire {
     let mut wants: Vec<_> = keys.iter().map(|(text, mode)| Want::new(key(text), *mode)).collect();
     wants.sort();
     Acquire {
-        part: Part { partition: P0, owner, request: RequestId::next(), wants },
+        part: Part { partition: P0, owner, request: RequestId::next(), wants: wants.into() },
         client,
         lease: lease(60_000),
         standing: Standing::Fresh,

@@ -289,7 +289,7 @@ impl<'a> Pair<'a> {
             pairs.filter_map(|(name, mode)| Some(Want::new(key(name), mode?))).collect();
         wants.sort();
         let ask = Acquire {
-            part: Part { partition: P0, owner, request: RequestId::next(), wants },
+            part: Part { partition: P0, owner, request: RequestId::next(), wants: wants.into() },
             client: self.memory.client.id,
             lease: lease(if *short { SHORT } else { LONG }),
             standing: if *incremental { Standing::Incremental } else { Standing::Fresh },

@@ -205,7 +205,7 @@ impl State {
         for seen in all {
             let (owner, request) = seen.id;
             let partition = Partition(u16::try_from(seen.partition).unwrap());
-            let part = Part { partition, owner, request, wants: Vec::new() };
+            let part = Part { partition, owner, request, wants: [].into() };
             let renewal = Renewal { part, lease: *LEASE, waiting: false };
             let renewed = self.queues[seen.partition].renew(self.now_us, &[renewal]).unwrap();
             assert_ne!(renewed, [Renewed::Lost], "it was alive");

@@ -312,7 +312,7 @@ impl State {
             partition: Partition(*partition),
             owner: world.owner(client),
             request: RequestId::from(self.requests),
-            wants: world.wants(wishes),
+            wants: world.wants(wishes).into(),
         };
         let ask = Acquire {
             part,

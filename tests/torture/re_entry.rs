@@ -226,7 +226,7 @@ impl Scene {
     async fn release_in_vain(&self, owner: OwnerId, entry: &Holder) -> Result<(), String> {
         let partition = self.key.partition(self.backend.capabilities().partitions);
         let wants = vec![Want::new(self.key.clone(), Mode::Exclusive)];
-        let part = Part { partition, owner, request: entry.request, wants };
+        let part = Part { partition, owner, request: entry.request, wants: wants.into() };
         match self.backend.release(&part).await {
             Ok(Released::Gone) => Ok(()),
             other => Err(format!("a release by {owner} of {entry:?}: {other:?}")),

@@ -236,7 +236,7 @@ mod tests {
     fn an_id_reads_as_it_was_written() {
         let owner = OwnerId::new(ClientId::random());
         let request = RequestId::next();
-        let part = Part { partition: Partition(0), owner, request, wants: Vec::new() };
+        let part = Part { partition: Partition(0), owner, request, wants: [].into() };
         assert_eq!(parse_id(&id(&part).to_string()), Some((owner, request)));
         for bad in ["", "12", &"g".repeat(48), &"0".repeat(47), &"0".repeat(49)] {
             assert_eq!(parse_id(bad), None, "{bad}");

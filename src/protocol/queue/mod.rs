@@ -22,6 +22,7 @@ mod promote;
 mod rules;
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::types::{ClientId, FencingToken, Lease, Mode, OwnerId, RequestId, ResourceKey, Want};
@@ -94,7 +95,7 @@ struct Granted<'a> {
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Held {
-    wants: Vec<Want>,
+    wants: Arc<[Want]>,
     tokens: Vec<FencingToken>,
     deadline_us: u64,
     metadata: Option<String>,
@@ -102,7 +103,7 @@ struct Held {
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Waiting {
-    wants: Vec<Want>,
+    wants: Arc<[Want]>,
     ticket: u64,
     since_us: u64,
     deadline_us: u64,
@@ -317,7 +318,7 @@ impl Queue {
 
     fn queued(&mut self, now_us: u64, id: Id) -> Acquired {
         self.follow(now_us, id);
-        let wants = self.waiting.get(&id).map(|waiting| waiting.wants.as_slice());
+        let wants = self.waiting.get(&id).map(|waiting| &*waiting.wants);
         let before = wants.unwrap_or_default().iter().map(|want| {
             let line = self.keys.get(&want.key).map(|slot| slot.line.as_slice());
             line.unwrap_or_default().iter().take_while(|(other, _)| *other != id).count()
@@ -375,7 +376,7 @@ impl Queue {
         self.waiting.insert(
             id,
             Waiting {
-                wants: ask.part.wants.clone(),
+                wants: Arc::clone(&ask.part.wants),
                 ticket: self.tickets,
                 since_us: now_us,
                 deadline_us: now_us + micros(ask.lease.waiter()),

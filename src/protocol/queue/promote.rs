@@ -106,7 +106,7 @@ impl Queue {
             self.keys.entry(want.key.clone()).or_default().entries.push((id, want.mode));
         }
         let metadata = metadata.clone();
-        let held = Held { wants: wants.to_vec(), tokens: tokens.clone(), deadline_us, metadata };
+        let held = Held { wants: wants.into(), tokens: tokens.clone(), deadline_us, metadata };
         self.held.insert(id, held);
         Ok((tokens, reserved))
     }

@@ -37,7 +37,7 @@ impl Holder {
             partition: Partition(0),
             owner: OwnerId::new(client),
             request: RequestId::next(),
-            wants: vec![want],
+            wants: [want].into(),
         };
         let ask = Acquire {
             part,
