@@ -2,11 +2,12 @@
 //!
 //! # A place stands for a group
 //! Whoever finds its keys in use by this process asks the service for all who come after it: with
-//! one request, under an owner id that nobody else ever sees, and for a block of tokens. The others
+//! one request, under an owner id of the lane's own, and for a block of tokens. The others
 //! join its *lane* and send nothing. When a holder gives up the lock, the next in the lane gets the
 //! same grant with an owner, a lease state and a token of its own, the next of the block. The
-//! service knows only the lane, so that no owner id that a program has seen can re-enter a grant
-//! that was passed on.
+//! service knows only the lane, so that none of the owner ids that requests have can re-enter a
+//! grant that was passed on. (`inspect` shows the id of the group: whoever asks as that owner
+//! does.)
 //!
 //! # Fairness
 //! When somebody queues at the service directly behind a lane, the service says so, and nobody
