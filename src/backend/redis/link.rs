@@ -147,7 +147,7 @@ impl Link {
     }
 
     async fn travel(&self, call: Call, trip: Trip<'_>) {
-        let Some(live) = self.current() else { return };
+        let Some(live) = self.current() else { return trip.turn_back() };
         let answer = match live.send(&call.by_hash(&self.scripts)).await {
             Err(error) if remedy(&error) == Remedy::SendText => {
                 live.send(&call.by_text(&self.scripts)).await
@@ -157,7 +157,8 @@ impl Link {
         match answer {
             Ok(values) => trip.arrive(values),
             Err(error) if remedy(&error) == Remedy::Reconnect => live.retired.cancel(),
-            Err(_) => {}
+            // The server refused the call as a whole.
+            Err(_) => trip.turn_back(),
         }
     }
 

@@ -74,6 +74,13 @@ impl Drop for Trip<'_> {
 }
 
 impl Trip<'_> {
+    /// Tells everyone that nothing was done.
+    pub(super) fn turn_back(mut self) {
+        for passenger in self.answers.drain(..) {
+            let _ = passenger.send(Value::Int(0));
+        }
+    }
+
     /// Tells everyone the answer. One that is not an array of the right length tells nobody.
     pub(super) fn arrive(mut self, answer: Value) {
         let Value::Array(values) = answer else { return };
