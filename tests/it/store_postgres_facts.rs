@@ -304,6 +304,28 @@ async fn what_a_branch_holds_is_seen_whether_it_is_in_a_name_or_in_a_row() {
 }
 
 #[tokio::test]
+async fn a_branch_on_another_fence_of_the_same_server_is_left_alone() {
+    let b = Bench::new().await;
+    b.sql("CREATE SCHEMA apart").await;
+    let database = b.server.create_database("elsewhere");
+    let schema = format!("{}?options=-csearch_path%3Dapart", b.server.url());
+    let mut bystanders = Vec::new();
+    for url in [database, schema] {
+        let pool = sqlx::postgres::PgPoolOptions::new().max_connections(2).connect(&url).await;
+        let store = palisade::SqlStore::new("elsewhere", pool.unwrap());
+        store.migrate().await.unwrap();
+        bystanders.push(store.open(&write("a", 10)).await.unwrap());
+    }
+    let overtaken = b.open(&write("a", 11)).await;
+    commit(&b.open(&write("a", 20)).await).await;
+    let outcome = overtaken.commit().await;
+    assert!(!matches!(outcome, palisade::store::Outcome::Committed), "{outcome:?}");
+    for bystander in &bystanders {
+        commit(bystander).await;
+    }
+}
+
+#[tokio::test]
 async fn a_session_that_went_on_to_other_work_is_left_alone() {
     let b = Bench::new().await;
     let pool = sqlx::postgres::PgPoolOptions::new().max_connections(1);

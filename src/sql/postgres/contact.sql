@@ -7,9 +7,11 @@
 -- its session was told to end.
 --
 -- The caller's tokens come from the lock service. A lower token in a conflicting mode means that
--- the service has taken the key away from its holder, who was stopped or cut off. Pid, start and
--- name are compared again here, right before the signal: a session that went on to other work is
--- left alone. What is in a name is held exclusively, so it conflicts with every mode.
+-- the service has taken the key away from its holder, who was stopped or cut off. A session that
+-- went on to other work is left alone: its name is compared here, right before the signal, and what
+-- stands in a row is of this start of the session. A name does not say which fence it is about, but
+-- who has an open branch has a lock on its table. What is in a name is held exclusively, so it
+-- conflicts with every mode.
 WITH named AS (
     SELECT a.pid, min(m.resource) AS resource, substr(a.application_name, 27, 11) = $8 AS own
     FROM pg_stat_activity AS a
@@ -19,7 +21,11 @@ WITH named AS (
             substr(a.application_name, 52, 5),
             substr(a.application_name, 57, 5)
         )
-    WHERE a.application_name LIKE 'palisade:%:%' AND left(a.application_name, 25) <> $5
+    JOIN pg_locks AS l
+        ON l.pid = a.pid AND l.relation = 'palisade_fence'::regclass AND l.database = a.datid
+        AND l.mode = 'RowExclusiveLock'
+    WHERE a.datname = current_database() AND a.application_name LIKE 'palisade:%:%'
+        AND left(a.application_name, 25) <> $5
         AND (
             substr(a.application_name, 27, 11) = $8
             OR substr(a.application_name, 38, 9) COLLATE "C" < m.token
