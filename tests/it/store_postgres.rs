@@ -8,7 +8,7 @@ use palisade::store::{AnyBranch, Fence, Isolation, Outcome, Store};
 use palisade::{Branch, Error, ErrorKind, Mode, SqlStore};
 use sqlx::postgres::{PgPool, PgPoolOptions};
 use sqlx::{AssertSqlSafe, Postgres};
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, timeout};
 
 use crate::cancel::{at_every_await, drop_after};
 use crate::store_fences::{
@@ -585,7 +585,8 @@ async fn a_branch_whose_session_is_gone_says_so_and_rolls_back() {
     let end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
          WHERE application_name LIKE 'palisade:%'";
     b.sql(end).await;
-    sleep(Duration::from_millis(50)).await;
+    let gone = async || b.open_sessions().await == 0;
+    wait_until("its session is gone", SOON, gone).await;
     let error = Error::from(add(&branch, "alice", 5).await.unwrap_err());
     assert_eq!(error.kind(), ErrorKind::Conflict, "it may start over: {error:?}");
     assert_eq!(branch.failure().unwrap().kind(), ErrorKind::Conflict);
