@@ -57,6 +57,14 @@ async fn a_commit_that_cannot_be_proven_is_rolled_back_and_its_session_closed() 
 }
 
 #[tokio::test]
+async fn a_limit_holds_for_what_follows_it_in_the_same_message() {
+    let b = Bench::new().await;
+    let sql = "BEGIN; SET LOCAL statement_timeout = 50; SELECT pg_sleep(600)";
+    let error = sqlx::raw_sql(sql).execute(one_session(&b, "").await.pool()).await.unwrap_err();
+    assert_eq!(error.as_database_error().unwrap().code().as_deref(), Some("57014"));
+}
+
+#[tokio::test]
 async fn a_store_without_tables_is_told_so_and_its_session_works_once_they_are_there() {
     let b = Bench::new().await;
     let store = one_session(&b, "").await;
