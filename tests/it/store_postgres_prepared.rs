@@ -3,6 +3,7 @@
 use palisade::store::Store;
 use palisade::{ErrorKind, Mode, ResourceKey, SqlStore};
 use proptest::prelude::*;
+use proptest::strategy::ValueTree as _;
 use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 use sqlx::Postgres;
 use sqlx::postgres::PgPoolOptions;
