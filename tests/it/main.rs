@@ -36,6 +36,7 @@ mod servers;
 mod store_fences;
 mod store_postgres;
 mod store_postgres_facts;
+mod store_postgres_prepared;
 mod store_sqlite;
 mod support;
 mod transactions;
