@@ -25,6 +25,8 @@ pub struct Statistics {
     pub lost: u64,
     /// Grants that are held now.
     pub active: u64,
+    /// Requests that wait in line now, for the service or for others of this process.
+    pub waiting: u64,
     /// The mean time from grant to release, of those that were given up.
     pub mean_hold: Duration,
 }
@@ -38,6 +40,7 @@ pub(super) struct Counters {
     released: AtomicU64,
     renewed: AtomicU64,
     lost: AtomicU64,
+    waiting: AtomicU64,
     ended: AtomicU64,
     hold_us: AtomicU64,
 }
@@ -54,8 +57,16 @@ impl Counters {
             renewed: read(&self.renewed),
             lost: read(&self.lost),
             active: read(&self.acquired).saturating_sub(read(&self.ended)),
+            waiting: read(&self.waiting),
             mean_hold: Duration::from_micros(read(&self.hold_us) / released.max(1)),
         }
+    }
+
+    /// A request waits in line, until what is returned is dropped.
+    pub(super) fn waits(&self) -> Waits<'_> {
+        self.waiting.fetch_add(1, Ordering::Relaxed);
+        observe::waits();
+        Waits(self)
     }
 
     /// A request got all it asked for.
@@ -97,6 +108,16 @@ impl Counters {
     }
 }
 
+/// One request that waits in line.
+pub(super) struct Waits<'a>(&'a Counters);
+
+impl Drop for Waits<'_> {
+    fn drop(&mut self) {
+        self.0.waiting.fetch_sub(1, Ordering::Relaxed);
+        observe::waits_no_more();
+    }
+}
+
 /// The names are in `src/docs/metrics.md`. Labels are bounded: never a key.
 #[cfg(feature = "metrics")]
 mod observe {
@@ -105,6 +126,14 @@ mod observe {
     use metrics::{counter, gauge, histogram};
 
     use crate::error::ErrorKind;
+
+    pub(super) fn waits() {
+        gauge!("palisade_locks_waiting").increment(1);
+    }
+
+    pub(super) fn waits_no_more() {
+        gauge!("palisade_locks_waiting").decrement(1);
+    }
 
     pub(super) fn waited(waited: Duration) {
         histogram!("palisade_lock_wait_seconds").record(waited);
@@ -140,6 +169,8 @@ mod observe {
 
     use crate::error::ErrorKind;
 
+    pub(super) fn waits() {}
+    pub(super) fn waits_no_more() {}
     pub(super) fn waited(_waited: Duration) {}
     pub(super) fn granted() {}
     pub(super) fn failed(_kind: ErrorKind) {}
