@@ -15,6 +15,7 @@
 -- is refused may leave the counter higher, though not by its floor: tokens only have to grow.
 -- Refused by Redis as a whole when memory is full: the script has no allow-oom flag.
 local call = redis.call
+-- include grace.lua
 local id, lease, modes = ARGV[1], ARGV[2], ARGV[3]
 local t = call('TIME')
 local now = t[1] * 1000000 + t[2]
@@ -49,8 +50,11 @@ if not cancelled and ARGV[4] + 0 < token and string.byte(ARGV[5]) ~= 98 then -- 
   local from, to = 2, #KEYS
 -- include take.lua
   if taken then
-    if ARGV[6] then call('SET', prefix .. 'm:' .. id, ARGV[6], 'PX', lease + 30000) end
+    if ARGV[6] then call('SET', prefix .. 'm:' .. id, ARGV[6], 'PX', lease + GRACE) end
     return token
   end
 end
 local v = call('MGET', unpack(KEYS, 2))
+local standing_as, wait, client, limit, refresh, life, claim, block =
+  string.match(ARGV[5], '^([fbi])([wt]):(%x+):(%d+):(%d+):(%d+):(%d+):?(%d*)$')
+block = tonumber(block) or 1
