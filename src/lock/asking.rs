@@ -245,7 +245,7 @@ impl Service {
         let state = Arc::clone(&order.state);
         let kept = Kept::new((part.clone(), order.lease, order.renews), (state, last), lane);
         if confirmed {
-            kept.confirmed.cancel();
+            kept.confirm();
         }
         let (state, seat) = (Arc::clone(&order.state), asking.seat.take());
         let taker = Taker { owner: order.owner, state, alias, seat };
