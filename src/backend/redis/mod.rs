@@ -39,7 +39,7 @@
 //! Release has two, whatever the number of keys. With more than sixteen operations under way, those
 //! that meet nobody share a call.
 //!
-//! The slow way, which can do everything, takes three to five times as long as what most of those
+//! The slow way, which can do everything, takes two to three times as long as what most of those
 //! need who meet at a hot key: to begin with, its functions are made anew in each run. So three
 //! short ways go before it: to join a line behind one holder, to hand the key to the next in line,
 //! and to renew in front of one. Each decides only what is beyond doubt, writes nothing before it

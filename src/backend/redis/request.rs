@@ -1,7 +1,7 @@
 //! How operations are written for the scripts: names of keys, ids, arguments.
 
 use std::borrow::Cow;
-use std::fmt;
+use std::fmt::Write as _;
 use std::time::Duration;
 
 use uuid::Uuid;
@@ -31,9 +31,9 @@ pub(super) fn acquire(ask: &Acquire) -> Call {
     let mut call = Call::new(&ACQUIRE, part.wants.len() + 1, 6, bytes);
     call.key(&[&prefix, "t"]);
     push_heads(&mut call, &prefix, &part.wants);
-    call.arg(id(part));
+    call.arg(id(part).as_str());
     call.arg(lease.as_millis());
-    call.arg(modes(&part.wants));
+    call.arg(&*modes(&part.wants));
     call.arg(floor.map_or(0, FencingToken::get));
     call.arg(slow_way(ask));
     if let Some(metadata) = metadata {
@@ -43,7 +43,7 @@ pub(super) fn acquire(ask: &Acquire) -> Call {
 }
 
 /// What only an acquire that meets somebody needs, in one argument: each costs every call a little.
-fn slow_way(ask: &Acquire) -> impl fmt::Display {
+fn slow_way(ask: &Acquire) -> String {
     let Acquire { standing, block, lease, client, limit, .. } = *ask;
     let (standing, block) = match standing {
         Standing::Fresh if block > 1 => ('b', Some(block)),
@@ -51,13 +51,15 @@ fn slow_way(ask: &Acquire) -> impl fmt::Display {
         Standing::Incremental => ('i', None),
     };
     let wait = if ask.wait { 'w' } else { 't' };
-    fmt::from_fn(move |f| {
-        write!(f, "{standing}{wait}:{client}:{limit}")?;
-        for time in [lease.refresh(), lease.waiter(), lease.claim()] {
-            write!(f, ":{}", micros(time))?;
-        }
-        block.map_or(Ok(()), |block| write!(f, ":{block}"))
-    })
+    let (refresh, waiter, claim) = (lease.refresh(), lease.waiter(), lease.claim());
+    let (refresh, waiter, claim) = (micros(refresh), micros(waiter), micros(claim));
+    let mut text = String::with_capacity(80);
+    // A string takes everything.
+    let _ = write!(text, "{standing}{wait}:{client}:{limit}:{refresh}:{waiter}:{claim}");
+    if let Some(block) = block {
+        let _ = write!(text, ":{block}");
+    }
+    text
 }
 
 /// The calls that renew `renewals`, in order.
@@ -91,8 +93,8 @@ fn push_renewal(call: &mut Call, renewal: &Renewal) {
 }
 
 fn push_part(call: &mut Call, part: &Part) {
-    call.arg(id(part));
-    call.arg(modes(&part.wants));
+    call.arg(id(part).as_str());
+    call.arg(&*modes(&part.wants));
     call.arg(part.wants.len());
 }
 
@@ -100,8 +102,8 @@ pub(super) fn release(part: &Part) -> Call {
     let bytes = heads_bytes(&part.wants) + ID_BYTES;
     let mut call = Call::new(&RELEASE, part.wants.len(), 2, bytes);
     push_heads(&mut call, &prefix(part.partition), &part.wants);
-    call.arg(id(part));
-    call.arg(modes(&part.wants));
+    call.arg(id(part).as_str());
+    call.arg(&*modes(&part.wants));
     call
 }
 
@@ -161,13 +163,13 @@ pub(super) fn together(shares: &[Share]) -> Call {
 }
 
 pub(super) fn cancel(part: &Part) -> Call {
-    let (id, prefix) = (id(part).to_string(), prefix(part.partition));
+    let (id, prefix) = (id(part), prefix(part.partition));
     let bytes = heads_bytes(&part.wants) + 2 * ID_BYTES;
     let mut call = Call::new(&CANCEL, part.wants.len() + 1, 2, bytes);
-    call.key(&[&prefix, "x:", &id]);
+    call.key(&[&prefix, "x:", id.as_str()]);
     push_heads(&mut call, &prefix, &part.wants);
-    call.arg(&id);
-    call.arg(TOMBSTONE.as_millis());
+    call.arg(id.as_str());
+    call.arg(micros(TOMBSTONE) / 1_000);
     call
 }
 
@@ -195,15 +197,22 @@ pub(super) fn resource(redis_key: &str) -> Option<ResourceKey> {
 }
 
 /// Owner and request: 48 hexadecimal digits.
-fn id(part: &Part) -> impl fmt::Display {
+fn id(part: &Part) -> Id {
+    let mut digits = [0; 64];
+    let (owner, request) = digits.split_at_mut(32);
+    part.owner.as_uuid().simple().encode_lower(owner);
     // A UUID is quicker to write than a number; the request is the first half of one.
-    let (owner, request) = (part.owner.as_uuid(), Uuid::from_u64_pair(part.request.as_u64(), 0));
-    fmt::from_fn(move |f| {
-        let mut digits = [0; 32];
-        f.write_str(owner.simple().encode_lower(&mut digits))?;
-        let request = request.simple().encode_lower(&mut digits);
-        f.write_str(request.get(..16).unwrap_or_default())
-    })
+    Uuid::from_u64_pair(part.request.as_u64(), 0).simple().encode_lower(request);
+    Id(digits)
+}
+
+struct Id([u8; 64]);
+
+impl Id {
+    fn as_str(&self) -> &str {
+        let digits = self.0.get(..48).unwrap_or_default();
+        std::str::from_utf8(digits).unwrap_or_default()
+    }
 }
 
 /// The inverse of [`id`].
@@ -239,17 +248,17 @@ fn heads_bytes(wants: &[Want]) -> usize {
 }
 
 /// `x` or `s` for all keys, or one of them for each.
-fn modes(wants: &[Want]) -> impl fmt::Display {
-    let alike = wants.windows(2).all(|pair| matches!(pair, [a, b] if a.mode == b.mode));
-    let told = if alike { wants.get(..1).unwrap_or_default() } else { wants };
-    fmt::from_fn(move |f| {
-        told.iter().try_for_each(|want| {
-            f.write_str(match want.mode {
-                Mode::Exclusive => "x",
-                Mode::Shared => "s",
-            })
-        })
-    })
+fn modes(wants: &[Want]) -> Cow<'static, str> {
+    let letter = |want: &Want| match want.mode {
+        Mode::Exclusive => "x",
+        Mode::Shared => "s",
+    };
+    match wants {
+        [first, rest @ ..] if rest.iter().all(|want| want.mode == first.mode) => {
+            Cow::Borrowed(letter(first))
+        }
+        _ => wants.iter().map(letter).collect(),
+    }
 }
 
 #[cfg(test)]
@@ -261,7 +270,7 @@ mod tests {
         let owner = OwnerId::new(ClientId::random());
         let request = RequestId::next();
         let part = Part { partition: Partition(0), owner, request, wants: [].into() };
-        assert_eq!(parse_id(&id(&part).to_string()), Some((owner, request)));
+        assert_eq!(parse_id(id(&part).as_str()), Some((owner, request)));
         for bad in ["", "12", &"g".repeat(48), &"0".repeat(47), &"0".repeat(49)] {
             assert_eq!(parse_id(bad), None, "{bad}");
         }

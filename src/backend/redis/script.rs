@@ -1,11 +1,10 @@
 //! The scripts, and how one call of a script is put on the wire.
 
 use std::borrow::Cow;
-use std::fmt;
 use std::io::Write as _;
 use std::sync::OnceLock;
 
-use redis::{Arg, Cmd, RedisWrite as _};
+use redis::{Arg, Cmd, RedisWrite as _, ToRedisArgs};
 
 /// A script, known to the server by the hash of its text.
 #[derive(Debug)]
@@ -153,8 +152,8 @@ impl Call {
     }
 
     /// Adds an argument.
-    pub(super) fn arg(&mut self, arg: impl fmt::Display) {
-        self.command.write_arg_fmt(arg);
+    pub(super) fn arg(&mut self, arg: impl ToRedisArgs) {
+        self.command.arg(arg);
     }
 
     /// The call, for a server that knows the script.

@@ -26,11 +26,14 @@ local old = redis.pcall('SET', KEYS[1], stamp, 'KEEPTTL', 'GET')
 local count, mark = 0, ''
 local good = true
 if old then
-  local n, m = string.match(type(old) == 'string' and old or '', '^(%d+)(!?%d*)$')
-  good = n and #n < 17
+  local digits, marked = type(old) == 'string' and old or '', nil
+  if not string.find(digits, '^%d+$') then
+    digits, marked = string.match(digits, '^(%d+)!(%d*)$')
+  end
+  good = digits and #digits < 17
   if good then
-    count, mark = tonumber(n), m
-    if (tonumber(string.sub(m, 2)) or 0) < now then mark = '' end
+    count = digits + 0
+    if marked and (tonumber(marked) or 0) >= now then mark = '!' .. marked end
     if count >= token or mark ~= '' then
       token = math.max(now, count + 1)
       good = token <= last and token < 9007199254740992
@@ -43,7 +46,7 @@ end
 if not good then return {'corrupt', KEYS[1]} end
 count = token
 
-local prefix = string.match(KEYS[1], '^palisade:{%d+}:')
+local prefix = string.sub(KEYS[1], 1, -2)
 local cancelled = mark ~= '' and call('EXISTS', prefix .. 'x:' .. id) == 1
 if not cancelled and ARGV[4] + 0 < token and string.byte(ARGV[5]) ~= 98 then -- b has a block
   local modes = ARGV[6] and string.upper(modes) or modes
