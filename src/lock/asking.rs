@@ -217,7 +217,7 @@ impl Service {
         let lane = Some(Arc::clone(lane));
         let kept = Kept::new((part, lease, true), (Arc::clone(&state), last), lane);
         if confirmed {
-            kept.confirmed.cancel();
+            kept.confirm();
         }
         let alias = Alias { owner: kept.part.owner, token: first, instead: first };
         let taker = Taker { owner: waiter.owner, state, alias: Some(alias), seat: None };
@@ -335,7 +335,7 @@ impl Service {
         let state = Arc::clone(&order.state);
         let kept = Kept::new((part.clone(), order.lease, order.renews), (state, last), None);
         if confirmed {
-            kept.confirmed.cancel();
+            kept.confirm();
         }
         let state = Arc::clone(&order.state);
         let taker = Taker { owner: order.owner, state, alias: terms.alias, seat };

@@ -191,6 +191,12 @@ impl LockGuard {
         Ok(())
     }
 
+    /// Has grants that were handed over confirmed beside what comes next, because
+    /// [`confirmed`](Self::confirmed) will be waited for.
+    pub(crate) fn confirm_now(&self) {
+        self.holds.iter().for_each(Hold::confirm_now);
+    }
+
     /// Waits until the service has confirmed grants that were handed over by a push. Work may start
     /// before; what is done must not be made final before.
     ///

@@ -66,6 +66,8 @@ impl LockRequest {
 
     fn with<K: AsRef<str>>(mut self, keys: impl IntoIterator<Item = K>, mode: Mode) -> Self {
         if let Ok(wants) = &mut self.wants {
+            let keys = keys.into_iter();
+            wants.reserve_exact(keys.size_hint().0.min(MAX_KEYS));
             for key in keys {
                 match ResourceKey::parse(key) {
                     Ok(key) => wants.push(Want::new(key, mode)),
@@ -238,7 +240,7 @@ impl LockRequest {
         }
     }
 
-    async fn send(self, wait: Option<Duration>) -> Result<LockGuard> {
+    async fn send(mut self, wait: Option<Duration>) -> Result<LockGuard> {
         let order = self.order(wait)?;
         let keys = order.wants.len();
         let span = tracing::debug_span!("palisade.acquire", owner = %order.owner, keys);
@@ -248,9 +250,9 @@ impl LockRequest {
     }
 
     /// Checks everything before anything is sent.
-    fn order(&self, wait: Option<Duration>) -> Result<Order> {
+    fn order(&mut self, wait: Option<Duration>) -> Result<Order> {
         let invalid = |detail: String| Error::new(ErrorKind::InvalidInput, "acquire", detail);
-        let wants = self.wants.clone().map_err(invalid)?;
+        let wants = std::mem::replace(&mut self.wants, Ok(Vec::new())).map_err(invalid)?;
         if wants.is_empty() {
             return Err(invalid("no key was named; name at least one".to_owned()));
         }
@@ -279,10 +281,10 @@ impl LockRequest {
             retry: self.retry,
             limit: self.limit,
             floor: self.floor,
-            metadata: self.metadata.clone(),
+            metadata: self.metadata.take(),
             renews: self.renews,
             max_hold: self.max_hold,
-            state: self.state.clone().unwrap_or_default(),
+            state: self.state.take().unwrap_or_default(),
         })
     }
 }

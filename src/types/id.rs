@@ -1,6 +1,8 @@
 //! Who asks: owners, requests, and the client that both came from.
 
+use std::collections::HashMap;
 use std::fmt;
+use std::hash::{BuildHasherDefault, Hasher};
 use std::str::FromStr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -144,6 +146,34 @@ impl fmt::Display for RequestId {
     }
 }
 
+/// A map by ids of this process. They are random or counted, so nobody can choose them to collide,
+/// and a hash that withstands that would cost several times as much.
+pub(crate) type IdMap<K, V> = HashMap<K, V, BuildHasherDefault<IdHasher>>;
+
+/// Spreads the words of an id over all bits.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct IdHasher(u64);
+
+impl Hasher for IdHasher {
+    fn write(&mut self, bytes: &[u8]) {
+        for eight in bytes.chunks(8) {
+            self.write_u64(eight.iter().fold(0, |word, byte| (word << 8) | u64::from(*byte)));
+        }
+    }
+
+    fn write_u64(&mut self, word: u64) {
+        self.0 = (self.0 ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(32);
+    }
+
+    fn write_usize(&mut self, _length: usize) {
+        // All ids of one type have the same length.
+    }
+
+    fn finish(&self) -> u64 {
+        self.0
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -167,6 +197,19 @@ mod tests {
             assert!(group.is_group() && group.is_of(client));
             assert!(!OwnerId::from(Uuid::now_v7()).is_group());
         }
+    }
+
+    #[test]
+    fn ids_that_are_counted_are_spread_over_all_places_of_a_map() {
+        let mut places = std::collections::BTreeSet::new();
+        for number in 0..256_u64 {
+            let mut hasher = IdHasher::default();
+            hasher.write_u64(number << 32 | 0xffff_0000 | number);
+            let hash = hasher.finish();
+            // A map takes the lowest bits for the place and the highest seven for a tag.
+            places.insert((hash & 0xff, hash >> 57));
+        }
+        assert!(places.len() > 240, "{}", places.len());
     }
 
     #[test]

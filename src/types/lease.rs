@@ -119,7 +119,11 @@ impl LeaseState {
 
     /// Adds a grant that lasts until `deadline`.
     pub fn cover(&self, request: RequestId, deadline: Instant) {
-        self.deadlines().push((request, deadline));
+        let mut deadlines = self.deadlines();
+        if deadlines.is_empty() {
+            deadlines.reserve_exact(1); // most states cover no second one
+        }
+        deadlines.push((request, deadline));
     }
 
     /// Moves the deadline of a grant that is covered. It never moves back, and what is lost stays
