@@ -10,7 +10,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::protocol::{Part, Released};
 use crate::types::{FencingToken, Lease, LeaseState, OwnerId};
 
-use super::lane::{Lane, Seat, Turn, Waiter};
+use super::crowd::Seat;
+use super::lane::{Lane, Turn, Waiter};
 use super::owners::{Alias, Entry};
 use super::schedule::{Job, Settle};
 use super::service::Service;
@@ -78,7 +79,7 @@ impl Kept {
         // Under the lock, so that it is not passed on meanwhile.
         self.lock().state.lose();
         if let Some(lane) = &self.lane {
-            lane.end(None);
+            lane.end();
         }
     }
 
@@ -229,14 +230,9 @@ impl Hold {
     /// Gives the grant to the next in its lane; `false` when it is to be released.
     fn pass_on(&mut self) -> bool {
         let Some(lane) = self.kept.lane.clone() else { return false };
-        let Some((next, first, token)) = lane.next() else {
-            lane.end(None);
+        let Some((next, first, token)) = lane.next(|state| self.kept.pass(state)) else {
             return false;
         };
-        if !self.kept.pass(&next.state) {
-            lane.end(Some(next));
-            return false;
-        }
         self.strike_out();
         let Waiter { owner, state, .. } = &next;
         let alias = Some(Alias { owner: lane.owner(), token: first, instead: token });

@@ -93,7 +93,8 @@ impl LockRequest {
     /// How long [`LockRequest::acquire`] and [`LockRequest::with_lock`] wait. Zero tries once.
     ///
     /// The service has at least a tenth of [`LockOptions::call_timeout`](crate::LockOptions) to
-    /// answer at all, however short the wait.
+    /// answer at all, however short the wait, unless others of this process are before this
+    /// request.
     pub fn wait(mut self, wait: Duration) -> Self {
         self.wait = wait.min(MAX_WAIT);
         self
@@ -164,8 +165,8 @@ impl LockRequest {
     /// Locks all keys, waiting in line for them.
     ///
     /// # Errors
-    /// - [`InvalidInput`](ErrorKind::InvalidInput): no key, too many, a bad key or lease; nothing
-    ///   was sent.
+    /// - [`InvalidInput`](ErrorKind::InvalidInput): no key, too many, a bad key or lease, or an
+    ///   owner that stands for a group; nothing was sent.
     /// - [`TimedOut`](ErrorKind::TimedOut): others held a key until the wait was over;
     ///   [`Busy`](ErrorKind::Busy) when the request was not to wait.
     /// - [`WouldDeadlock`](ErrorKind::WouldDeadlock): the owner holds other keys, and waiting for
@@ -252,6 +253,12 @@ impl LockRequest {
         let wants = self.wants.clone().map_err(invalid)?;
         if wants.is_empty() {
             return Err(invalid("no key was named; name at least one".to_owned()));
+        }
+        if self.owner.is_some_and(OwnerId::is_group) {
+            let detail = "the owner stands for a group of waiters of one process, and what it \
+                          holds is now one's and now another's; to share a lock, name an owner \
+                          that was made by `Locks::owner` in all requests";
+            return Err(invalid(detail.to_owned()));
         }
         let partitions = self.service.backend.capabilities().partitions;
         let place = |want: Want| (want.key.partition(partitions), want);

@@ -25,6 +25,8 @@ pub struct Statistics {
     pub lost: u64,
     /// Grants that are held now.
     pub active: u64,
+    /// Requests that wait in line now, for the service or for others of this process.
+    pub waiting: u64,
     /// The mean time from grant to release, of those that were given up.
     pub mean_hold: Duration,
 }
@@ -38,6 +40,7 @@ pub(super) struct Counters {
     released: AtomicU64,
     renewed: AtomicU64,
     lost: AtomicU64,
+    waiting: AtomicU64,
     ended: AtomicU64,
     hold_us: AtomicU64,
 }
@@ -54,8 +57,15 @@ impl Counters {
             renewed: read(&self.renewed),
             lost: read(&self.lost),
             active: read(&self.acquired).saturating_sub(read(&self.ended)),
+            waiting: read(&self.waiting),
             mean_hold: Duration::from_micros(read(&self.hold_us) / released.max(1)),
         }
+    }
+
+    /// A request waits in line, until what is returned is dropped.
+    pub(super) fn waits(&self) -> Waits<'_> {
+        self.waiting.fetch_add(1, Ordering::Relaxed);
+        Waits(self)
     }
 
     /// A request got all it asked for.
@@ -94,6 +104,15 @@ impl Counters {
     pub(super) fn lost(&self) {
         self.lost.fetch_add(1, Ordering::Relaxed);
         observe::lost();
+    }
+}
+
+/// One request that waits in line.
+pub(super) struct Waits<'a>(&'a Counters);
+
+impl Drop for Waits<'_> {
+    fn drop(&mut self) {
+        self.0.waiting.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

@@ -96,16 +96,16 @@ impl Waiting {
     }
 
     /// The first end stands, but a confirmation improves a pushed grant that nobody has taken yet.
-    /// Only the push told how many tokens were reserved.
+    /// How many tokens were reserved is told by the push, and by the answer only if that call made
+    /// the grant; either may come first.
     fn end(&self, mut turn: Turn) {
         let mut state = self.lock();
-        if let (
-            Turn::Granted { grant, confirmed: true, .. },
-            Some(Turn::Granted { grant: pushed, .. }),
-        ) = (&mut turn, &state.outcome)
-            && grant.tokens == pushed.tokens
+        if let (Turn::Granted { grant, .. }, Some(Turn::Granted { grant: known, .. })) =
+            (&mut turn, &mut state.outcome)
+            && grant.tokens == known.tokens
         {
-            grant.block = grant.block.max(pushed.block);
+            let block = grant.block.max(known.block);
+            (grant.block, known.block) = (block, block);
         }
         let confirms = matches!(turn, Turn::Granted { confirmed: true, .. });
         if state.outcome.is_none() || confirms {

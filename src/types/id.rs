@@ -35,17 +35,38 @@ impl fmt::Display for ClientId {
 #[serde(transparent)]
 pub struct OwnerId(Uuid);
 
+/// The version of the ids that are made here, and the bit that tells those of groups apart.
+const VERSION: usize = 8;
+const GROUP: u128 = 1 << 32;
+
 impl OwnerId {
     /// A new owner of `client`.
     #[must_use]
     pub fn new(client: ClientId) -> Self {
+        Self::made(client, 0)
+    }
+
+    /// A new owner of `client` that stands for a group of its requests. Nobody may ask as it: it
+    /// holds what now one and now another of the group works under.
+    #[must_use]
+    pub fn group(client: ClientId) -> Self {
+        Self::made(client, GROUP)
+    }
+
+    /// Whether this owner stands for a group of requests.
+    #[must_use]
+    pub fn is_group(self) -> bool {
+        self.0.get_version_num() == VERSION && self.0.as_u128() & GROUP != 0
+    }
+
+    fn made(client: ClientId, mark: u128) -> Self {
         let millis = SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .map_or(0, |since| u64::try_from(since.as_millis()).unwrap_or(u64::MAX));
         let high =
             (u128::from(millis & 0xffff_ffff_ffff) << 80) | (u128::from(fastrand::u16(..)) << 64);
         let low = (u128::from(fastrand::u32(..)) << 32) | u128::from(client.0);
-        Self(Uuid::new_v8((high | low).to_be_bytes()))
+        Self(Uuid::new_v8((((high | low) & !GROUP) | mark).to_be_bytes()))
     }
 
     /// Whether `client` made this owner.
@@ -135,6 +156,17 @@ mod tests {
         assert!(!owner.is_of(other));
         assert_eq!(owner.as_uuid().get_version_num(), 8);
         assert_eq!(owner.to_string().parse::<OwnerId>().unwrap(), owner);
+    }
+
+    #[test]
+    fn the_owner_of_a_group_is_never_taken_for_another_nor_a_foreign_id_for_it() {
+        let client = ClientId::random();
+        for _ in 0..1000 {
+            assert!(!OwnerId::new(client).is_group());
+            let group = OwnerId::group(client);
+            assert!(group.is_group() && group.is_of(client));
+            assert!(!OwnerId::from(Uuid::now_v7()).is_group());
+        }
     }
 
     #[test]

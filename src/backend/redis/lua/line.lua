@@ -75,6 +75,9 @@ local function front(s, found)
   end
 end
 
+-- How many tokens those who were let in by this call have.
+local reserved = {}
+
 -- Grants one waiter if nothing is in its way on any of its keys.
 local function let_in(c)
   local rec = record(c.id)
@@ -93,6 +96,7 @@ local function let_in(c)
   leave(rec)
   local tokens, block =
     hold(rec.owner, rec.r, rec.wants, now + rec.claim, token, rec.meta, rec.block)
+  reserved[rec.id] = block
   -- A push is a hint; a user who may not publish must not stop the script half-way.
   try('PUBLISH', 'palisade:c:' .. rec.client, rec.id .. ' ' .. runs(tokens) .. ' ' .. block)
 end

@@ -2,8 +2,8 @@
 --
 -- KEYS: the heads of all requests, one request after another, in the order of their wants
 -- ARGV: five for each request: owner and request, modes, number of keys, lease in ms, 1 if it waits
--- Returns: one answer for each: 1 held | 0 lost | held, tokens as number*times,... |
---       queued, ask again in µs. Or only: corrupt, Redis key
+-- Returns: one answer for each: 1 held | 0 lost | held, tokens as number*times,..., how many were
+--       reserved | queued, ask again in µs. Or only: corrupt, Redis key
 --
 -- A head that begins as the fast way of acquire wrote it has no explicit deadline: its TTL is the
 -- lease. GT: a deadline never moves back. Who waits must be told its tokens, the slow way.

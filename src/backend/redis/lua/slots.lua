@@ -306,12 +306,13 @@ local function add(s, owner, r, m, deadline, token)
 end
 
 -- Grants a request on all of its keys; a key that its owner holds keeps its token. Reserves `block`
--- tokens if all keys are new, and one where the counter is ahead of the clock by more than a second
--- (protocol::last_of_block). Returns the tokens, and how many were reserved.
+-- tokens if all keys are new, and one where the block would end more than a millisecond ahead of
+-- the clock (protocol::last_of_block). Returns the tokens, and how many were reserved.
 local function hold(owner, r, wants, deadline, fresh, meta, block)
   local tokens, took = {}, false
   if block > 1 then
-    local far = fresh > now + 1000000 or fresh + block > 9007199254740992
+    local last = fresh + block - 1
+    local far = last > now + 1000 or last >= 9007199254740992
     for _, w in ipairs(wants) do
       if far or own(slot(w.name), owner) then block = 1 end
     end
