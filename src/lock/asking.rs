@@ -306,9 +306,7 @@ impl Service {
                 };
                 Ok(Answer::Busy(Error::new(ErrorKind::Busy, "acquire", by).with_key(key), waiters))
             }
-            Acquired::Upgrade { key } => {
-                Err(self.upgrade(order, Want::new(key, Mode::Exclusive)))
-            }
+            Acquired::Upgrade { key } => Err(self.upgrade(order, Want::new(key, Mode::Exclusive))),
             Acquired::LimitReached { key } => {
                 let detail = format!("the owner has entered it {} times, its limit", order.limit);
                 Err(Error::new(ErrorKind::LimitReached, "acquire", detail).with_key(key))

@@ -161,7 +161,15 @@ impl Crowd {
             let (lane, late) = (newest.lane.number, newest.followed.is_some());
             newest.late += u32::from(late);
             let Asks { owner, state: lease, deadline } = asks;
-            state.waiters.push_back(Waiter { owner, state: lease, deadline, place, lane, late, turn });
+            state.waiters.push_back(Waiter {
+                owner,
+                state: lease,
+                deadline,
+                place,
+                lane,
+                late,
+                turn,
+            });
         }
         (Place::new(Arc::clone(self), place, told), founded)
     }
@@ -391,9 +399,11 @@ impl State {
         let (mut at, mut founded) = (0, Vec::new());
         let mut waiters = std::mem::take(&mut self.waiters);
         for waiter in &mut waiters {
-            while self.lanes.get(at).is_some_and(|next| {
-                next.lane.number < waiter.lane || next.room() == 0
-            }) {
+            while self
+                .lanes
+                .get(at)
+                .is_some_and(|next| next.lane.number < waiter.lane || next.room() == 0)
+            {
                 at += 1;
             }
             if at >= self.lanes.len() {

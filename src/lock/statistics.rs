@@ -65,6 +65,7 @@ impl Counters {
     /// A request waits in line, until what is returned is dropped.
     pub(super) fn waits(&self) -> Waits<'_> {
         self.waiting.fetch_add(1, Ordering::Relaxed);
+        observe::waits();
         Waits(self)
     }
 
@@ -113,6 +114,7 @@ pub(super) struct Waits<'a>(&'a Counters);
 impl Drop for Waits<'_> {
     fn drop(&mut self) {
         self.0.waiting.fetch_sub(1, Ordering::Relaxed);
+        observe::waits_no_more();
     }
 }
 
@@ -124,6 +126,14 @@ mod observe {
     use metrics::{counter, gauge, histogram};
 
     use crate::error::ErrorKind;
+
+    pub(super) fn waits() {
+        gauge!("palisade_locks_waiting").increment(1);
+    }
+
+    pub(super) fn waits_no_more() {
+        gauge!("palisade_locks_waiting").decrement(1);
+    }
 
     pub(super) fn waited(waited: Duration) {
         histogram!("palisade_lock_wait_seconds").record(waited);
@@ -159,6 +169,8 @@ mod observe {
 
     use crate::error::ErrorKind;
 
+    pub(super) fn waits() {}
+    pub(super) fn waits_no_more() {}
     pub(super) fn waited(_waited: Duration) {}
     pub(super) fn granted() {}
     pub(super) fn failed(_kind: ErrorKind) {}

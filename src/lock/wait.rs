@@ -119,3 +119,42 @@ impl Waiting {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::types::Want;
+    use crate::types::{ClientId, FencingToken, Mode, OwnerId, Partition, RequestId, ResourceKey};
+
+    fn grant(request: RequestId, block: u32) -> Grant {
+        Grant { request, tokens: vec![FencingToken::FIRST], block }
+    }
+
+    #[tokio::test]
+    async fn push_and_refresh_come_in_any_order_and_the_block_is_known() {
+        let wants = [Want::new(ResourceKey::parse("k").unwrap(), Mode::Exclusive)].into();
+        let (owner, request) = (OwnerId::group(ClientId::random()), RequestId::next());
+        let part = Part { partition: Partition(0), owner, request, wants };
+        let lease = Lease::new(Duration::from_secs(10)).unwrap();
+        for (pushed, refreshed, push_first) in
+            [(256, 1, true), (256, 1, false), (1, 256, true), (1, 256, false), (256, 256, false)]
+        {
+            let waiting = Waiting::new(part.clone(), lease, Instant::now(), None);
+            let push = || waiting.pushed(grant(request, pushed));
+            let refresh = || waiting.granted(grant(request, refreshed), Instant::now());
+            if push_first {
+                push();
+                refresh();
+            } else {
+                refresh();
+                push();
+            }
+            let Turn::Granted { grant, confirmed, .. } = waiting.turn().await else {
+                panic!("forgotten")
+            };
+            assert_eq!((grant.block, confirmed), (256, true), "{pushed} {refreshed} {push_first}");
+        }
+    }
+}

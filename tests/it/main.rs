@@ -40,3 +40,4 @@ mod store_sqlite;
 mod support;
 mod transactions;
 mod transactions_on_postgres;
+mod two_crowds;
