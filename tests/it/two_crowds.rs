@@ -10,8 +10,8 @@ use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 use crate::support::{RedisServer, program, wait_until};
 
-/// What is waited for where a process dies or stops. A machine that is busy for as long as this would
-/// cost a request its place in the line.
+/// What is waited for where a process dies or stops. A machine that is busy for as long as this
+/// would cost a request its place in the line.
 const LEASE: Duration = Duration::from_secs(5);
 const SOON: Duration = Duration::from_secs(60);
 

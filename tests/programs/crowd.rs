@@ -2,8 +2,9 @@
 //! when, and stop and kill one of them.
 //!
 //! `crowd LOCKS_URL LEASE_MS KEY` reads `pass NAME` (take the key, say so, give it up), `keep NAME`
-//! (keep it until told otherwise) and `release`. It prints `asked NAME` when a request has its place
-//! within the process, `held NAME TOKEN` when it is granted, and for `release` what came of it.
+//! (keep it until told otherwise) and `release`. It prints `asked NAME` when a request has its
+//! place within the process, `held NAME TOKEN` when it is granted, and for `release` what came of
+//! it.
 
 use std::io::{BufRead, Write};
 use std::time::Duration;

@@ -340,22 +340,21 @@ fn whoever_is_let_in_by_its_own_refresh_is_told_of_its_block_by_the_answer() {
     let second = Acquire { block: 10, ..b.ask(b.owner(), &[("a", X)]) };
     b.acquire(&first);
     b.acquire(&second);
-    let renewal = Renewal { part: second.part.clone(), lease: second.lease, waiting: true };
+    let again = [Renewal { part: second.part.clone(), lease: second.lease, waiting: true }];
     let most_of_it = u64::try_from(first.lease.get().as_micros()).unwrap() * 2 / 3;
     b.now_us += most_of_it;
-    let queued = b.queue.renew(b.now_us, &[renewal.clone()]).unwrap().remove(0);
+    let queued = b.queue.renew(b.now_us, &again).unwrap().remove(0);
     assert!(matches!(queued, Renewed::Queued { .. }));
     b.now_us += most_of_it;
-    let Renewed::Held(Some(grant)) = b.queue.renew(b.now_us, &[renewal.clone()]).unwrap().remove(0)
-    else {
+    let Renewed::Held(Some(grant)) = b.queue.renew(b.now_us, &again).unwrap().remove(0) else {
         panic!("not held")
     };
     assert_eq!(grant.block, 10);
     b.queue.take_hand_overs();
-    let Renewed::Held(Some(again)) = b.queue.renew(b.now_us, &[renewal]).unwrap().remove(0) else {
+    let Renewed::Held(Some(copy)) = b.queue.renew(b.now_us, &again).unwrap().remove(0) else {
         panic!("not held")
     };
-    assert_eq!((again.block, again.tokens), (1, grant.tokens), "the next call knows of one");
+    assert_eq!((copy.block, copy.tokens), (1, grant.tokens), "the next call knows of one");
 }
 
 #[test]
