@@ -38,8 +38,8 @@ impl Locked {
     /// Who holds it. Others in this process may re-enter as this owner while it holds.
     ///
     /// Another process is refused as busy where several requests of this process had waited for the
-    /// lock, because the service does not know this owner then. To lend an owner to another process,
-    /// make it with [`Locks::owner`](crate::Locks::owner) and name it in the request.
+    /// lock, because the service does not know this owner then. To lend an owner to another
+    /// process, make it with [`Locks::owner`](crate::Locks::owner) and name it in the request.
     #[must_use]
     pub fn owner(&self) -> OwnerId {
         self.owner
