@@ -73,7 +73,7 @@ pub use lock::{
     LocalHandOver, LockGuard, LockInfo, LockOptions, LockRequest, Locked, LockedKey, Locks,
     Statistics,
 };
-pub use protocol::Backoff;
+pub use protocol::{Backoff, BreakerOptions, BreakerState};
 #[cfg(any(feature = "sqlite", feature = "postgres"))]
 pub use store::{Branch, SqlDatabase, SqlStore};
 pub use transaction::{

@@ -1,6 +1,7 @@
 //! One request at the service: how it is asked for, waited for, and taken over.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::time::Instant;
 
@@ -146,6 +147,7 @@ impl Service {
         ask: Acquire,
         asking: &mut Asking,
     ) -> Result<Answer> {
+        let pass = self.vitals.admit()?;
         let (sent, lane) = (Instant::now(), asking.lane().cloned());
         let waiting = Arc::new(Waiting::new(ask.part.clone(), ask.lease, sent, lane));
         let listening = Job::Wait(Arc::clone(&waiting));
@@ -154,7 +156,8 @@ impl Service {
         // A short wait is no reason to take a slow answer for an outage.
         let least = self.options.call_timeout / 10;
         let left = order.deadline.map(|at| at.saturating_duration_since(sent).max(least));
-        let answer = self.call(left, self.backend.acquire(&ask)).await;
+        let limit = left.unwrap_or(Duration::MAX).min(self.options.call_timeout);
+        let answer = pass.call(limit, self.backend.acquire(&ask)).await;
         let acquired = match answer {
             Ok(acquired) => acquired,
             // It may have happened, or may yet: `pending` cancels it.

@@ -177,7 +177,7 @@ impl LockGuard {
             let renewals = [Renewal { part, lease, waiting: false }];
             let sent = Instant::now();
             let answer = self.service.backend.renew(partition, &renewals);
-            match self.service.call(None, answer).await?.first() {
+            match self.service.call(answer).await?.first() {
                 Some(Renewed::Held(_)) => {
                     kept.renewed(sent);
                     self.service.counters.renewed();

@@ -258,8 +258,9 @@ impl Hold {
         self.end();
         // Sent again by the watchdog if this future is dropped or the call fails.
         let unsent = Unsettled { service: &self.service, part: Some(self.part().clone()), until };
-        let answer = self.service.call(None, self.service.backend.release(self.part())).await;
-        match answer {
+        let Service { backend, vitals, options, .. } = &*self.service;
+        let pass = vitals.pass().of_release();
+        match pass.call(options.call_timeout, backend.release(self.part())).await {
             Ok(Released::Released) => unsent.settled(),
             Ok(Released::Gone) => {
                 unsent.settled();
@@ -351,19 +352,8 @@ impl Service {
         self.schedule.put(request, job, Some(Instant::now()));
     }
 
-    /// Bounds one call to the service.
-    pub(super) async fn call<T>(
-        &self,
-        limit: Option<Duration>,
-        call: impl Future<Output = Result<T>>,
-    ) -> Result<T> {
-        let limit = limit.unwrap_or(self.options.call_timeout).min(self.options.call_timeout);
-        match tokio::time::timeout(limit, call).await {
-            Ok(answer) => answer,
-            Err(_) => {
-                let detail = format!("the lock service did not answer within {limit:?}");
-                Err(Error::new(ErrorKind::Unavailable, "call", detail))
-            }
-        }
+    /// Makes one call to the service that is never refused.
+    pub(super) async fn call<T>(&self, call: impl Future<Output = Result<T>>) -> Result<T> {
+        self.vitals.pass().call(self.options.call_timeout, call).await
     }
 }

@@ -23,6 +23,7 @@ mod request;
 mod schedule;
 mod service;
 mod statistics;
+mod vitals;
 mod wait;
 mod watchdog;
 
@@ -34,7 +35,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::backend::{LockBackend, Push, Sink};
 use crate::error::{Error, ErrorKind, Result};
-use crate::protocol::{Backoff, Inspection};
+use crate::protocol::{Backoff, BreakerOptions, Inspection};
 use crate::types::{ClientId, Mode, OwnerId, ResourceKey};
 
 use lane::Lanes;
@@ -42,6 +43,7 @@ use owners::Owners;
 use schedule::Schedule;
 use service::Service;
 use statistics::Counters;
+use vitals::Vitals;
 use watchdog::Watchdog;
 
 pub use guard::{LockGuard, LockInfo, Locked, LockedKey};
@@ -63,6 +65,8 @@ pub struct LockOptions {
     pub max_entries: u32,
     /// How long one call to the service may take.
     pub call_timeout: Duration,
+    /// When a service that fails is left alone, so that requests fail at once.
+    pub breaker: BreakerOptions,
     /// The watchdog stops renewing a lock after this time.
     pub max_hold: Duration,
     /// How waiters of this process hand a lock to each other.
@@ -79,6 +83,7 @@ impl Default for LockOptions {
             retry: Backoff::default(),
             max_entries: 64,
             call_timeout: Duration::from_secs(2),
+            breaker: BreakerOptions::default(),
             max_hold: Duration::from_secs(24 * 60 * 60),
             hand_over: LocalHandOver::default(),
             grace: Duration::from_secs(10),
@@ -123,17 +128,28 @@ impl Locks {
             (None, _) => {}
         });
         backend.subscribe(client, sink).await?;
+        let vitals = Arc::new(Vitals::new(options.breaker, options.call_timeout));
         let watchdog = Watchdog {
             schedule: Arc::clone(&schedule),
             backend: Arc::clone(&backend),
             counters: Arc::clone(&counters),
+            vitals: Arc::clone(&vitals),
             call_timeout: options.call_timeout,
         };
         tokio::spawn(watchdog.run());
         let (owners, lanes) = (Arc::new(Owners::default()), Arc::new(Lanes::default()));
         let closing = CancellationToken::new();
-        let service =
-            Service { backend, client, options, owners, lanes, schedule, counters, closing };
+        let service = Service {
+            backend,
+            client,
+            options,
+            owners,
+            lanes,
+            schedule,
+            counters,
+            vitals,
+            closing,
+        };
         Ok(Self { service: Arc::new(service) })
     }
 
@@ -183,7 +199,7 @@ impl Locks {
     pub async fn inspect(&self, key: impl AsRef<str>) -> Result<Inspection> {
         let key = ResourceKey::parse(key)?;
         let partition = key.partition(self.service.backend.capabilities().partitions);
-        self.service.call(None, self.service.backend.inspect(partition, &key)).await
+        self.service.call(self.service.backend.inspect(partition, &key)).await
     }
 
     /// Ends the service in an orderly way: new requests are refused and waiting ones end, guards

@@ -22,6 +22,7 @@ use super::lane::{Lanes, Turn, Way};
 use super::owners::{Entrance, Owners};
 use super::schedule::Schedule;
 use super::statistics::Counters;
+use super::vitals::Vitals;
 
 pub(super) struct Service {
     pub(super) backend: Arc<dyn LockBackend>,
@@ -31,6 +32,7 @@ pub(super) struct Service {
     pub(super) lanes: Arc<Lanes>,
     pub(super) schedule: Arc<Schedule>,
     pub(super) counters: Arc<Counters>,
+    pub(super) vitals: Arc<Vitals>,
     pub(super) closing: CancellationToken,
 }
 
@@ -88,6 +90,7 @@ impl Service {
         if !self.schedule.is_alive() {
             return Err(closed());
         }
+        self.vitals.check()?;
         let mut holds = Vec::new();
         for part in order.wants.chunk_by(|(a, _), (b, _)| a == b) {
             let Some((partition, _)) = part.first() else { continue };

@@ -5,6 +5,7 @@
 
 mod admission;
 mod backoff;
+mod breaker;
 mod queue;
 mod renewal;
 mod request;
@@ -12,6 +13,7 @@ mod token;
 
 pub use admission::{Admission, Standing, admit};
 pub use backoff::Backoff;
+pub use breaker::{Breaker, BreakerOptions, BreakerState, Refused, Ticket};
 pub use queue::{Followed, HandOver, Queue, Rules, TOMBSTONE};
 pub use renewal::Renewals;
 pub use request::{
