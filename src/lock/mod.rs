@@ -35,7 +35,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::backend::{LockBackend, Push, Sink};
 use crate::error::{Error, ErrorKind, Result};
-use crate::protocol::{Backoff, BreakerOptions, Inspection};
+use crate::protocol::{Backoff, BreakerOptions, BreakerState, Inspection};
 use crate::types::{ClientId, Mode, OwnerId, ResourceKey};
 
 use lane::Lanes;
@@ -180,6 +180,12 @@ impl Locks {
     #[must_use]
     pub fn options(&self) -> LockOptions {
         self.service.options
+    }
+
+    /// Whether requests for locks are sent to the service, or refused because it has failed.
+    #[must_use]
+    pub fn breaker_state(&self) -> BreakerState {
+        self.service.vitals.breaker_state()
     }
 
     /// What was done so far.

@@ -55,6 +55,10 @@ impl Vitals {
         }
     }
 
+    pub(super) fn breaker_state(&self) -> BreakerState {
+        self.lock().breaker.state()
+    }
+
     /// The leave for a call that is never refused.
     pub(super) fn pass(&self) -> Pass<'_> {
         self.pass_with(self.glance().ticket())

@@ -10,6 +10,7 @@
     reason = "a test panics to fail, and nobody imports it"
 )]
 
+mod breaker;
 mod cancel;
 mod examples;
 mod fault_matrix;
@@ -33,6 +34,7 @@ mod redis_outage;
 mod redis_states;
 mod redis_together;
 mod servers;
+mod shaky;
 mod store_fences;
 mod store_postgres;
 mod store_postgres_facts;

@@ -236,9 +236,8 @@ impl World {
     }
 
     fn check(&self) {
-        let live = |(_, until): &&(Ticket, Option<Duration>)| {
-            until.is_some_and(|until| self.now < until)
-        };
+        let live =
+            |(_, until): &&(Ticket, Option<Duration>)| until.is_some_and(|until| self.now < until);
         let trials = self.calls.iter().filter(live).count();
         assert!(trials <= 1, "{trials} trials at once in {:?}", self.breaker);
         self.check_that_it_closes();
