@@ -148,7 +148,8 @@ impl Service {
         asking: &mut Asking,
     ) -> Result<Answer> {
         let pass = self.vitals.admit()?;
-        let (sent, lane) = (Instant::now(), asking.lane().cloned());
+        let (slept, sent) = (self.wakefulness.slept(), Instant::now());
+        let lane = asking.lane().cloned();
         let waiting = Arc::new(Waiting::new(ask.part.clone(), ask.lease, sent, lane));
         let listening = Job::Wait(Arc::clone(&waiting));
         self.schedule.put(ask.part.request, listening.clone(), None);
@@ -169,6 +170,7 @@ impl Service {
         };
         match acquired {
             Acquired::Granted(grant) => {
+                let sent = self.wakefulness.sent(sent, slept);
                 let deadline = sent + order.lease.get() - order.lease.drift();
                 let hold = self.start(order, terms, &ask.part, (grant, deadline, true), asking);
                 pending.close();

@@ -73,6 +73,15 @@ impl Kept {
         }
     }
 
+    /// The host was suspended for `by` while the lease ran on. A lease that has ended meanwhile is
+    /// lost at once.
+    pub(super) fn slept(&self, by: Duration) {
+        let holder = self.lock();
+        holder.state.shorten(self.part.request, by);
+        // Marks it as lost if it is.
+        let _ = holder.state.is_held();
+    }
+
     /// The grant is lost: whoever holds it learns of it, and nobody gets it any more.
     pub(super) fn lose(&self) {
         // Under the lock, so that it is not passed on meanwhile.

@@ -16,6 +16,7 @@
 
 mod asking;
 mod guard;
+mod health;
 mod hold;
 mod lane;
 mod owners;
@@ -25,6 +26,7 @@ mod service;
 mod statistics;
 mod vitals;
 mod wait;
+mod wakefulness;
 mod watchdog;
 
 use std::sync::Arc;
@@ -44,9 +46,11 @@ use schedule::Schedule;
 use service::Service;
 use statistics::Counters;
 use vitals::Vitals;
+use wakefulness::Wakefulness;
 use watchdog::Watchdog;
 
 pub use guard::{LockGuard, LockInfo, Locked, LockedKey};
+pub use health::LockHealth;
 pub use lane::LocalHandOver;
 pub use request::LockRequest;
 pub use statistics::Statistics;
@@ -129,11 +133,13 @@ impl Locks {
         });
         backend.subscribe(client, sink).await?;
         let vitals = Arc::new(Vitals::new(options.breaker, options.call_timeout));
+        let wakefulness = Arc::new(Wakefulness::new(Arc::clone(&schedule)));
         let watchdog = Watchdog {
             schedule: Arc::clone(&schedule),
             backend: Arc::clone(&backend),
             counters: Arc::clone(&counters),
             vitals: Arc::clone(&vitals),
+            wakefulness: Arc::clone(&wakefulness),
             call_timeout: options.call_timeout,
         };
         tokio::spawn(watchdog.run());
@@ -148,6 +154,7 @@ impl Locks {
             schedule,
             counters,
             vitals,
+            wakefulness,
             closing,
         };
         Ok(Self { service: Arc::new(service) })
@@ -186,6 +193,25 @@ impl Locks {
     #[must_use]
     pub fn breaker_state(&self) -> BreakerState {
         self.service.vitals.breaker_state()
+    }
+
+    /// How the service stands, from what calls have shown. Does no I/O, so it may be asked as often
+    /// as one likes; if the service was not probed within 5 s, the watchdog probes it afterwards,
+    /// and the next answer knows what came of it.
+    ///
+    /// ```
+    /// # tokio::runtime::Runtime::new().unwrap().block_on(async {
+    /// use palisade::Status;
+    ///
+    /// let locks = palisade::connect("memory:").await?;
+    /// assert_eq!(locks.health().status, Status::Up);
+    /// # Ok::<(), palisade::Error>(())
+    /// # }).unwrap();
+    /// ```
+    #[must_use]
+    pub fn health(&self) -> LockHealth {
+        let Service { vitals, schedule, closing, .. } = &*self.service;
+        vitals.health(closing.is_cancelled() || !schedule.is_alive())
     }
 
     /// What was done so far.

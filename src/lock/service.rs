@@ -23,6 +23,7 @@ use super::owners::{Entrance, Owners};
 use super::schedule::Schedule;
 use super::statistics::Counters;
 use super::vitals::Vitals;
+use super::wakefulness::Wakefulness;
 
 pub(super) struct Service {
     pub(super) backend: Arc<dyn LockBackend>,
@@ -33,6 +34,7 @@ pub(super) struct Service {
     pub(super) schedule: Arc<Schedule>,
     pub(super) counters: Arc<Counters>,
     pub(super) vitals: Arc<Vitals>,
+    pub(super) wakefulness: Arc<Wakefulness>,
     pub(super) closing: CancellationToken,
 }
 

@@ -7,21 +7,31 @@
 //!
 //! While all is well, a call costs two looks at the clock and a few relaxed atomics.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep_until, timeout};
 
+use crate::backend::{LockBackend, Probe};
 use crate::error::{Error, ErrorKind, Result};
 use crate::protocol::{Breaker, BreakerOptions, BreakerState, Refused, Ticket};
 
+use crate::types::Status;
+
+use super::health::LockHealth;
 use super::statistics;
 
 /// A time-out that was shorter than this part of the usual one says nothing about the service: a
 /// short lease leaves little time.
 const SHORT: u32 = 10;
+
+/// Whoever asks for the health has a service probed that was not probed for this long.
+const PROBE_AGAIN: Duration = Duration::from_secs(5);
+
+/// A watchdog that is this late endangers short leases.
+const LATE: Duration = Duration::from_secs(1);
 
 #[derive(Debug)]
 pub(super) struct Vitals {
@@ -33,12 +43,19 @@ pub(super) struct Vitals {
     /// Something that [`Vitals::trial_due`] has to look at.
     changed: Notify,
     latency: Latency,
+    lag: Lag,
+    /// Somebody has asked for the health.
+    probe_wanted: AtomicBool,
 }
 
 #[derive(Debug)]
 struct Inner {
     breaker: Breaker,
     last_failure: Option<Arc<Error>>,
+    /// When the service was last asked to show its clock, because of the health.
+    asked: Option<Instant>,
+    /// When it last did, and how far the clock was ahead.
+    probed: Option<(Instant, Option<i64>)>,
 }
 
 impl Vitals {
@@ -49,10 +66,66 @@ impl Vitals {
             epoch: Instant::now(),
             call_timeout,
             glance: AtomicU64::new(Glance::of(&breaker).0),
-            inner: Mutex::new(Inner { breaker, last_failure: None }),
+            inner: Mutex::new(Inner { breaker, last_failure: None, asked: None, probed: None }),
             changed: Notify::new(),
             latency: Latency::default(),
+            lag: Lag::default(),
+            probe_wanted: AtomicBool::new(false),
         }
+    }
+
+    /// How the service stands. Does no I/O, and has the watchdog do some if the last is long ago.
+    pub(super) fn health(&self, closed: bool) -> LockHealth {
+        let now = Instant::now();
+        let mut inner = self.lock();
+        let breaker = inner.breaker.state();
+        let lag = self.lag.at(now - self.epoch);
+        let (status, reason) = match breaker {
+            _ if closed => (Status::Down, Some("this lock service was shut down".to_owned())),
+            BreakerState::Closed if inner.breaker.is_calm() => match lag {
+                Some(lag) if lag >= LATE => {
+                    (Status::Degraded, Some(format!("the watchdog is {lag:.1?} late")))
+                }
+                _ => (Status::Up, None),
+            },
+            BreakerState::Closed | BreakerState::HalfOpen => (Status::Degraded, inner.reason()),
+            BreakerState::Open => (Status::Down, inner.reason()),
+        };
+        let last = inner.asked.max(inner.probed.map(|(at, _)| at));
+        if last.is_none_or(|at| now.duration_since(at) >= PROBE_AGAIN) {
+            inner.asked = Some(now);
+            self.probe_wanted.store(true, Ordering::Relaxed);
+            self.changed.notify_one();
+        }
+        let (last_latency, latency) = self.latency.read();
+        LockHealth {
+            status,
+            reason,
+            breaker,
+            last_latency,
+            latency,
+            clock_skew_us: inner.probed.and_then(|(_, skew)| skew),
+            probed: inner.probed.map(|(at, _)| now.duration_since(at)),
+            watchdog_lag: lag,
+        }
+    }
+
+    /// The watchdog means to look after the leases at `next`, and was `late` just now.
+    pub(super) fn watched(&self, next: Option<Instant>, late: Duration) {
+        self.lag.note(next.map(|next| next - self.epoch), late);
+    }
+
+    /// Asks the service how it is, with leave from [`Vitals::trial_due`].
+    pub(super) async fn probe(&self, pass: Pass<'_>, backend: &dyn LockBackend) -> Result<()> {
+        let (sent, clock) = (Instant::now(), SystemTime::now());
+        let Probe { clock_us } = pass.call(self.call_timeout, backend.probe()).await?;
+        let answered = Instant::now();
+        let half_way = clock + (answered - sent) / 2;
+        let ours = half_way.duration_since(UNIX_EPOCH).unwrap_or_default().as_micros();
+        let ours = i64::try_from(ours).unwrap_or(i64::MAX);
+        let ahead = |theirs: u64| Some(i64::try_from(theirs).ok()?.saturating_sub(ours));
+        self.lock().probed = Some((answered, clock_us.and_then(ahead)));
+        Ok(())
     }
 
     pub(super) fn breaker_state(&self) -> BreakerState {
@@ -91,6 +164,9 @@ impl Vitals {
     /// Resolves when the service is to be asked whether it is back.
     pub(super) async fn trial_due(&self) -> Pass<'_> {
         loop {
+            if self.probe_wanted.swap(false, Ordering::Relaxed) {
+                return self.pass();
+            }
             let (ticket, at) = {
                 let breaker = &mut self.lock().breaker;
                 (breaker.ping(self.now()), breaker.ping_at())
@@ -157,6 +233,14 @@ impl Vitals {
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Inner {
+    fn reason(&self) -> Option<String> {
+        let failure = self.last_failure.as_ref()?;
+        let behind = std::error::Error::source(&**failure);
+        Some(behind.map_or(failure.to_string(), |behind| format!("{failure}: {behind}")))
     }
 }
 
@@ -268,6 +352,40 @@ impl Latency {
         let before = self.smoothed.load(Ordering::Relaxed);
         let smoothed = if before == 0 { last } else { before - before / 8 + last / 8 };
         self.last.store(last, Ordering::Relaxed);
-        self.smoothed.store(smoothed, Ordering::Relaxed);
+        self.smoothed.store(smoothed.max(1), Ordering::Relaxed);
+    }
+
+    /// The last and the smoothed one, once there is any.
+    fn read(&self) -> (Option<Duration>, Option<Duration>) {
+        let smoothed = self.smoothed.load(Ordering::Relaxed);
+        let last = Duration::from_nanos(self.last.load(Ordering::Relaxed));
+        (smoothed > 0).then(|| (last, Duration::from_nanos(smoothed))).unzip()
+    }
+}
+
+/// How late the watchdog is, in nanoseconds.
+#[derive(Debug, Default)]
+struct Lag {
+    /// When it means to work again, since the epoch; 0 without anything to do.
+    next: AtomicU64,
+    /// How late it was last, plus one; 0 before it was ever due.
+    last: AtomicU64,
+}
+
+impl Lag {
+    fn note(&self, next: Option<Duration>, late: Duration) {
+        let nanos = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+        self.next.store(next.map_or(0, nanos), Ordering::Relaxed);
+        if !late.is_zero() {
+            self.last.store(nanos(late).saturating_add(1), Ordering::Relaxed);
+        }
+    }
+
+    fn at(&self, now: Duration) -> Option<Duration> {
+        let next = Duration::from_nanos(self.next.load(Ordering::Relaxed));
+        let overdue = if next.is_zero() { Duration::ZERO } else { now.saturating_sub(next) };
+        let last = self.last.load(Ordering::Relaxed).checked_sub(1);
+        let last = last.map(Duration::from_nanos);
+        if overdue.is_zero() { last } else { last.max(Some(overdue)) }
     }
 }

@@ -26,6 +26,7 @@ use super::schedule::{Job, Schedule, Settle};
 use super::statistics::Counters;
 use super::vitals::{Pass, Vitals};
 use super::wait::Waiting;
+use super::wakefulness::Wakefulness;
 
 /// The most requests in one renewal call, and the most keys.
 const BATCH: usize = 100;
@@ -42,6 +43,7 @@ pub(super) struct Watchdog {
     pub(super) backend: Arc<dyn LockBackend>,
     pub(super) counters: Arc<Counters>,
     pub(super) vitals: Arc<Vitals>,
+    pub(super) wakefulness: Arc<Wakefulness>,
     pub(super) call_timeout: Duration,
 }
 
@@ -62,8 +64,12 @@ impl Watchdog {
         let mut settling = FuturesUnordered::new();
         let mut asking = FuturesUnordered::new();
         let mut dropped = VecDeque::new();
+        let mut next = None;
         while !self.schedule.is_finished() {
-            let due = self.schedule.take_due(Instant::now());
+            self.wakefulness.slept();
+            let now = Instant::now();
+            let late = next.map_or(Duration::ZERO, |next| now.saturating_duration_since(next));
+            let due = self.schedule.take_due(now);
             for (partition, jobs) in self.batches(due, &mut dropped) {
                 renewing.push(self.renew(partition, jobs));
             }
@@ -72,9 +78,11 @@ impl Watchdog {
             {
                 settling.push(self.settle(settle));
             }
+            next = self.schedule.next_due(Instant::now());
+            self.vitals.watched(next, late);
             tokio::select! {
                 () = self.schedule.changed() => {}
-                () = sleep_until(self.schedule.next_due(Instant::now())) => {}
+                () = sleep_until(next) => {}
                 Some(()) = renewing.next(), if !renewing.is_empty() => {}
                 Some(()) = settling.next(), if !settling.is_empty() => {}
                 pass = self.vitals.trial_due() => asking.push(self.ask(pass)),
@@ -137,7 +145,7 @@ impl Watchdog {
     }
 
     async fn renew(&self, partition: Partition, jobs: Vec<(Job, Renewal)>) {
-        let sent = Instant::now();
+        let (slept, sent) = (self.wakefulness.slept(), Instant::now());
         let (jobs, renewals): (Vec<Job>, Vec<Renewal>) = jobs.into_iter().unzip();
         let limit = jobs.iter().filter_map(|job| job.attempt(sent)).min();
         let limit = limit.unwrap_or(self.call_timeout).min(self.call_timeout);
@@ -149,6 +157,7 @@ impl Watchdog {
         };
         match answer {
             Ok(answers) => {
+                let sent = self.wakefulness.sent(sent, slept);
                 for (job, renewed) in jobs.iter().zip(answers) {
                     self.apply(job, renewed, sent);
                 }
@@ -243,7 +252,7 @@ impl Watchdog {
 
     /// Asks whether the service is back; the breaker takes note of the answer.
     async fn ask(&self, pass: Pass<'_>) {
-        if let Err(error) = pass.call(self.call_timeout, self.backend.ping()).await {
+        if let Err(error) = self.vitals.probe(pass, &*self.backend).await {
             tracing::debug!(%error, "the lock service is not back");
         }
     }

@@ -5,7 +5,7 @@
 //! | state | what passes | what counts |
 //! |---|---|---|
 //! | closed | everything | the answer of every call: too many failures open it |
-//! | open | nothing | a ping, made when its time has come: success half-opens, failure waits longer |
+//! | open | nothing | a ping, made in time: success half-opens it, failure makes it wait longer |
 //! | half-open | one call, the probe | its answer: success closes, failure opens again |
 //!
 //! Calls that are never refused, such as a renewal, go on in every state, and count where it is

@@ -9,6 +9,7 @@ mod breaker;
 mod queue;
 mod renewal;
 mod request;
+mod suspension;
 mod token;
 
 pub use admission::{Admission, Standing, admit};
@@ -19,4 +20,5 @@ pub use renewal::Renewals;
 pub use request::{
     Acquire, Acquired, Grant, Holder, Inspection, Part, Released, Renewal, Renewed, Waiter,
 };
+pub use suspension::Suspensions;
 pub use token::{BLOCK_AHEAD, Corrupt, last_of_block, next_token};

@@ -3,9 +3,12 @@
 mod id;
 mod key;
 mod lease;
+mod status;
 mod token;
 
 pub use id::{ClientId, OwnerId, RequestId};
 pub use key::{InvalidKey, MAX_KEY_BYTES, MAX_KEYS, Mode, Partition, ResourceKey, Want};
 pub use lease::{InvalidLease, Lease, LeaseState, MAX_LEASE, MAX_WAIT, MIN_LEASE};
+pub use status::Status;
+pub(crate) use status::as_seconds;
 pub use token::{FencingToken, InvalidToken, MAX_AHEAD};

@@ -15,6 +15,7 @@ mod cancel;
 mod examples;
 mod fault_matrix;
 mod hazards;
+mod health;
 mod histories;
 mod local_hand_over;
 mod locks;
