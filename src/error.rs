@@ -6,6 +6,7 @@
 
 use std::error::Error as StdError;
 use std::fmt;
+use std::time::Duration;
 
 use uuid::Uuid;
 
@@ -93,6 +94,7 @@ struct Inner {
     declare: Vec<Want>,
     transaction: Option<Uuid>,
     is_final: bool,
+    retry_after: Option<Duration>,
     source: Option<Box<dyn StdError + Send + Sync>>,
 }
 
@@ -109,6 +111,7 @@ impl Error {
             declare: Vec::new(),
             transaction: None,
             is_final: false,
+            retry_after: None,
             source: None,
         }))
     }
@@ -149,11 +152,28 @@ impl Error {
         self
     }
 
+    /// Says when it makes sense to try again.
+    #[must_use]
+    pub fn with_retry_after(mut self, wait: Duration) -> Self {
+        self.0.retry_after = Some(wait);
+        self
+    }
+
     /// Adds the error behind this one.
     #[must_use]
     pub fn with_source(mut self, source: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {
         self.0.source = Some(source.into());
         self
+    }
+
+    /// A copy that says the same. The errors behind it become text.
+    pub(crate) fn to_keep(&self) -> Self {
+        let Inner { kind, operation, detail, key, .. } = &*self.0;
+        let copy = Self::new(*kind, operation, detail.as_str());
+        let copy = key.iter().cloned().fold(copy, Self::with_key);
+        let behind = std::iter::successors(self.source(), |&error| error.source());
+        let texts: Vec<String> = behind.map(ToString::to_string).collect();
+        if texts.is_empty() { copy } else { copy.with_source(texts.join(": ")) }
     }
 
     /// What went wrong.
@@ -190,6 +210,13 @@ impl Error {
     #[must_use]
     pub fn transaction(&self) -> Option<Uuid> {
         self.0.transaction
+    }
+
+    /// In how long the service is asked again whether it is back, where it was not asked this time
+    /// because it had failed before.
+    #[must_use]
+    pub fn retry_after(&self) -> Option<Duration> {
+        self.0.retry_after
     }
 
     /// Whether the outcome of the transaction is unknown.

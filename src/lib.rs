@@ -70,14 +70,15 @@ mod types;
 pub use connect::{connect, connect_with};
 pub use error::{Error, ErrorKind, Result, RetryAdvice};
 pub use lock::{
-    LocalHandOver, LockGuard, LockInfo, LockOptions, LockRequest, Locked, LockedKey, Locks,
-    Statistics,
+    LocalHandOver, LockGuard, LockHealth, LockInfo, LockOptions, LockRequest, Locked, LockedKey,
+    Locks, Statistics,
 };
-pub use protocol::Backoff;
+pub use protocol::{Backoff, BreakerOptions, BreakerState};
+pub use store::StoreHealth;
 #[cfg(any(feature = "sqlite", feature = "postgres"))]
 pub use store::{Branch, SqlDatabase, SqlStore};
 pub use transaction::{
-    Coordinator, CoordinatorBuilder, Fallback, Handler, Nested, Outage, Transaction,
+    Coordinator, CoordinatorBuilder, Fallback, Handler, Health, Nested, Outage, Transaction,
     TransactionRequest, Tx,
 };
 pub use types::*;

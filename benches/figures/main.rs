@@ -10,6 +10,7 @@ mod handover;
 mod heap;
 mod leases;
 mod machine;
+mod outage;
 mod pairs;
 mod report;
 #[allow(dead_code, unused_imports, reason = "made for the tests, which use all of it")]
@@ -37,6 +38,8 @@ const GROUPS: &[Group] = &[
     (&["local_handover_ratio"], handover::run_local),
     (&["idle_commands"], leases::run_idle),
     (&["renew_commands_per_s", "renew_lost", "renew_cpu_us", "lease_bytes"], leases::run_renewal),
+    (&["breaker_call_ns"], outage::run_bookkeeping),
+    (&["fail_fast_us", "back_after_ms"], outage::run),
     (&["pg_transfer_ratio", "pg_plain_ratio"], transfer::run),
 ];
 

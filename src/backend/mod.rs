@@ -41,6 +41,22 @@ impl Capabilities {
     }
 }
 
+/// What a service says of itself.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Probe {
+    /// Its clock in µs since 1970, if it has one of its own.
+    pub clock_us: Option<u64>,
+}
+
+impl Probe {
+    /// A service with that clock.
+    #[must_use]
+    pub fn new(clock_us: Option<u64>) -> Self {
+        Self { clock_us }
+    }
+}
+
 /// What a service tells a client without being asked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -115,4 +131,10 @@ pub trait LockBackend: fmt::Debug + Send + Sync + 'static {
 
     /// Checks that the service answers and is usable.
     async fn ping(&self) -> Result<()>;
+
+    /// As [`ping`](LockBackend::ping), and shows the clock of the service. It is how a service is
+    /// asked whether it is back, so it should cost little.
+    async fn probe(&self) -> Result<Probe> {
+        self.ping().await.map(|()| Probe::default())
+    }
 }

@@ -238,7 +238,8 @@ impl Service {
         until: Option<Instant>,
         lane: Option<&Arc<Lane>>,
     ) -> Result<Fate<'_>> {
-        let sent = Instant::now();
+        let pass = self.vitals.admit()?;
+        let (slept, sent) = (self.wakefulness.slept(), Instant::now());
         let waiting = Arc::new(Waiting::new(ask.part.clone(), ask.lease, sent, lane.cloned()));
         let listening = Job::Wait(Arc::clone(&waiting));
         self.schedule.put(ask.part.request, listening.clone(), None);
@@ -247,12 +248,14 @@ impl Service {
         if let Some(lane) = lane {
             lane.asked(true);
         }
-        let answer = self.call(left, self.backend.acquire(ask)).await;
+        let limit = left.unwrap_or(Duration::MAX).min(self.options.call_timeout);
+        let answer = pass.call(limit, self.backend.acquire(ask)).await;
         if let Some(lane) = lane.filter(|_| answer.is_ok()) {
             lane.asked(false);
         }
         match answer {
             Ok(Acquired::Granted(grant)) => {
+                let sent = self.wakefulness.sent(sent, slept);
                 let deadline = sent + ask.lease.get() - ask.lease.drift();
                 Ok(Fate::Granted(pending, Given { grant, deadline, confirmed: true }))
             }

@@ -74,6 +74,19 @@ impl Locked {
         self.state.lost().cancelled().await;
     }
 
+    /// Resolves when the lease is in danger: a third of it is left and it has not been renewed, so
+    /// that a renewal has failed or is overdue. There is time to stop in good order. Where nobody
+    /// renews, it is time for [`LockGuard::renew`].
+    ///
+    /// A lease that was lost or given up is in danger too. A renewal that succeeds later ends the
+    /// danger; whoever then asks again waits for the next one.
+    ///
+    /// # Cancel safety
+    /// Dropping the future has no effect.
+    pub async fn expiring(&self) {
+        self.state.expiring().await;
+    }
+
     /// A token that is cancelled when the lease is lost, for code that watches one.
     #[must_use]
     pub fn cancellation_token(&self) -> CancellationToken {
@@ -175,11 +188,12 @@ impl LockGuard {
             let (part, lease) = (kept.part.clone(), kept.lease);
             let partition = part.partition;
             let renewals = [Renewal { part, lease, waiting: false }];
-            let sent = Instant::now();
+            let Service { wakefulness, .. } = &*self.service;
+            let (slept, sent) = (wakefulness.slept(), Instant::now());
             let answer = self.service.backend.renew(partition, &renewals);
-            match self.service.call(None, answer).await?.first() {
+            match self.service.call(answer).await?.first() {
                 Some(Renewed::Held(_)) => {
-                    kept.renewed(sent);
+                    kept.renewed(wakefulness.sent(sent, slept));
                     self.service.counters.renewed();
                 }
                 _ => {

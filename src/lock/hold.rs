@@ -88,6 +88,15 @@ impl Kept {
         }
     }
 
+    /// The host was suspended for `by` while the lease ran on. A lease that has ended meanwhile is
+    /// lost at once.
+    pub(super) fn slept(&self, by: Duration) {
+        let holder = self.lock();
+        holder.state.shorten(self.part.request, by);
+        // Marks it as lost if it is.
+        let _ = holder.state.is_held();
+    }
+
     /// The grant is lost: whoever holds it learns of it, and nobody gets it any more.
     pub(super) fn lose(&self) {
         // Under the lock, so that it is not passed on meanwhile.
@@ -279,8 +288,9 @@ impl Hold {
         self.end();
         // Sent again by the watchdog if this future is dropped or the call fails.
         let unsent = Unsettled { service: &self.service, part: Some(self.part().clone()), until };
-        let answer = self.service.call(None, self.service.backend.release(self.part())).await;
-        match answer {
+        let Service { backend, vitals, options, .. } = &*self.service;
+        let pass = vitals.pass().of_release();
+        match pass.call(options.call_timeout, backend.release(self.part())).await {
             Ok(Released::Released) => unsent.settled(),
             Ok(Released::Gone) => {
                 unsent.settled();
@@ -372,19 +382,8 @@ impl Service {
         self.schedule.put(request, job, Some(Instant::now()));
     }
 
-    /// Bounds one call to the service.
-    pub(super) async fn call<T>(
-        &self,
-        limit: Option<Duration>,
-        call: impl Future<Output = Result<T>>,
-    ) -> Result<T> {
-        let limit = limit.unwrap_or(self.options.call_timeout).min(self.options.call_timeout);
-        match tokio::time::timeout(limit, call).await {
-            Ok(answer) => answer,
-            Err(_) => {
-                let detail = format!("the lock service did not answer within {limit:?}");
-                Err(Error::new(ErrorKind::Unavailable, "call", detail))
-            }
-        }
+    /// Makes one call to the service that is never refused.
+    pub(super) async fn call<T>(&self, call: impl Future<Output = Result<T>>) -> Result<T> {
+        self.vitals.pass().call(self.options.call_timeout, call).await
     }
 }

@@ -17,6 +17,7 @@
 mod asking;
 mod crowd;
 mod guard;
+mod health;
 mod hold;
 mod lane;
 mod owners;
@@ -24,7 +25,9 @@ mod request;
 mod schedule;
 mod service;
 mod statistics;
+mod vitals;
 mod wait;
+mod wakefulness;
 mod watchdog;
 
 use std::sync::{Arc, Weak};
@@ -35,7 +38,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::backend::{LockBackend, Push, Sink};
 use crate::error::{Error, ErrorKind, Result};
-use crate::protocol::{Backoff, Inspection};
+use crate::protocol::{Backoff, BreakerOptions, BreakerState, Inspection};
 use crate::types::{ClientId, Mode, OwnerId, ResourceKey};
 
 use crowd::Crowds;
@@ -43,9 +46,12 @@ use owners::Owners;
 use schedule::Schedule;
 use service::Service;
 use statistics::Counters;
+use vitals::Vitals;
+use wakefulness::Wakefulness;
 use watchdog::Watchdog;
 
 pub use guard::{LockGuard, LockInfo, Locked, LockedKey};
+pub use health::LockHealth;
 pub use lane::LocalHandOver;
 pub use request::LockRequest;
 pub use statistics::Statistics;
@@ -64,6 +70,8 @@ pub struct LockOptions {
     pub max_entries: u32,
     /// How long one call to the service may take.
     pub call_timeout: Duration,
+    /// When a service that fails is left alone, so that requests fail at once.
+    pub breaker: BreakerOptions,
     /// The watchdog stops renewing a lock after this time.
     pub max_hold: Duration,
     /// How waiters of this process hand a lock to each other.
@@ -80,6 +88,7 @@ impl Default for LockOptions {
             retry: Backoff::default(),
             max_entries: 64,
             call_timeout: Duration::from_secs(2),
+            breaker: BreakerOptions::default(),
             max_hold: Duration::from_secs(24 * 60 * 60),
             hand_over: LocalHandOver::default(),
             grace: Duration::from_secs(10),
@@ -124,17 +133,32 @@ impl Locks {
             (None, _) => {}
         });
         backend.subscribe(client, sink).await?;
+        let vitals = Arc::new(Vitals::new(options.breaker, options.call_timeout));
+        let wakefulness = Arc::new(Wakefulness::new(Arc::clone(&schedule)));
         let watchdog = Watchdog {
             schedule: Arc::clone(&schedule),
             backend: Arc::clone(&backend),
             counters: Arc::clone(&counters),
+            vitals: Arc::clone(&vitals),
+            wakefulness: Arc::clone(&wakefulness),
             call_timeout: options.call_timeout,
         };
         tokio::spawn(watchdog.run());
         let (owners, closing) = (Arc::new(Owners::default()), CancellationToken::new());
         let service = Arc::new_cyclic(|service| {
             let crowds = Arc::new(Crowds::new(client, options.hand_over, Weak::clone(service)));
-            Service { backend, client, options, owners, crowds, schedule, counters, closing }
+            Service {
+                backend,
+                client,
+                options,
+                owners,
+                crowds,
+                schedule,
+                counters,
+                vitals,
+                wakefulness,
+                closing,
+            }
         });
         Ok(Self { service })
     }
@@ -168,6 +192,31 @@ impl Locks {
         self.service.options
     }
 
+    /// Whether requests for locks are sent to the service, or refused because it has failed.
+    #[must_use]
+    pub fn breaker_state(&self) -> BreakerState {
+        self.service.vitals.breaker_state()
+    }
+
+    /// How the service stands, from what calls have shown. Does no I/O, so it may be asked as often
+    /// as one likes; if the service was not probed within 5 s, the watchdog probes it afterwards,
+    /// and the next answer knows what came of it.
+    ///
+    /// ```
+    /// # tokio::runtime::Runtime::new().unwrap().block_on(async {
+    /// use palisade::Status;
+    ///
+    /// let locks = palisade::connect("memory:").await?;
+    /// assert_eq!(locks.health().status, Status::Up);
+    /// # Ok::<(), palisade::Error>(())
+    /// # }).unwrap();
+    /// ```
+    #[must_use]
+    pub fn health(&self) -> LockHealth {
+        let Service { vitals, schedule, closing, .. } = &*self.service;
+        vitals.health(closing.is_cancelled() || !schedule.is_alive())
+    }
+
     /// What was done so far.
     #[must_use]
     pub fn statistics(&self) -> Statistics {
@@ -186,7 +235,7 @@ impl Locks {
     pub async fn inspect(&self, key: impl AsRef<str>) -> Result<Inspection> {
         let key = ResourceKey::parse(key)?;
         let partition = key.partition(self.service.backend.capabilities().partitions);
-        self.service.call(None, self.service.backend.inspect(partition, &key)).await
+        self.service.call(self.service.backend.inspect(partition, &key)).await
     }
 
     /// Ends the service in an orderly way: new requests are refused and waiting ones end, guards

@@ -252,6 +252,22 @@ impl Schedule {
         kept.len()
     }
 
+    /// The host was suspended for `by`: every lease is shorter by as much. What is held is looked
+    /// after now.
+    pub(super) fn slept(&self, by: Duration, now: Instant) {
+        let jobs: Vec<Job> = self.lock().jobs.values().map(|(job, _)| job.clone()).collect();
+        for job in jobs {
+            match &job {
+                Job::Keep(kept) => {
+                    kept.slept(by);
+                    self.again(kept.part.request, &job, now);
+                }
+                Job::Wait(waiting) => waiting.slept(by),
+                Job::Settle(_) => {}
+            }
+        }
+    }
+
     /// Nothing new will come: the watchdog ends when it has settled what is there.
     pub(super) fn stop(&self) {
         self.lock().stopping = true;
@@ -305,5 +321,37 @@ impl Table {
         if let Some((_, Some(due))) = self.jobs.remove(&request) {
             self.due.remove(&(due, request));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::types::{ClientId, Lease, LeaseState, OwnerId, Partition};
+
+    fn kept(state: &Arc<LeaseState>, now: Instant, lease: Duration) -> Arc<Kept> {
+        let owner = OwnerId::new(ClientId::random());
+        let request = RequestId::next();
+        let part = Part { partition: Partition(0), owner, request, wants: Arc::new([]) };
+        state.cover(request, now + lease);
+        let holder = (Arc::clone(state), now + lease * 99);
+        Arc::new(Kept::new((part, Lease::new(lease).unwrap(), true), holder, None))
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn leases_that_ended_while_the_host_slept_are_lost_and_the_others_are_due() {
+        let (schedule, now) = (Schedule::new(), Instant::now());
+        let (short, long) = (Arc::<LeaseState>::default(), Arc::<LeaseState>::default());
+        for (state, seconds) in [(&short, 3), (&long, 30)] {
+            let kept = kept(state, now, Duration::from_secs(seconds));
+            let due = now + Duration::from_secs(seconds / 3);
+            schedule.put(kept.part.request, Job::Keep(kept), Some(due));
+        }
+        assert!(schedule.take_due(now).is_empty());
+        schedule.slept(Duration::from_secs(5), now);
+        assert!(short.lost().is_cancelled(), "told without being asked");
+        assert!(long.is_held());
+        assert_eq!(long.deadline(), Some(now + Duration::from_secs(25)));
+        assert_eq!(schedule.take_due(now).len(), 2);
     }
 }

@@ -23,6 +23,8 @@ use super::lane::Turn;
 use super::owners::{Entrance, Owners};
 use super::schedule::Schedule;
 use super::statistics::Counters;
+use super::vitals::Vitals;
+use super::wakefulness::Wakefulness;
 
 pub(super) struct Service {
     pub(super) backend: Arc<dyn LockBackend>,
@@ -32,6 +34,8 @@ pub(super) struct Service {
     pub(super) crowds: Arc<Crowds>,
     pub(super) schedule: Arc<Schedule>,
     pub(super) counters: Arc<Counters>,
+    pub(super) vitals: Arc<Vitals>,
+    pub(super) wakefulness: Arc<Wakefulness>,
     pub(super) closing: CancellationToken,
 }
 
@@ -89,6 +93,7 @@ impl Service {
         if !self.schedule.is_alive() {
             return Err(closed());
         }
+        self.vitals.check()?;
         // Nearly always one, and every guard keeps what is allocated here.
         let mut holds = Vec::with_capacity(1);
         for part in order.wants.chunk_by(|(a, _), (b, _)| a == b) {

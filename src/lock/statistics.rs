@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use crate::error::{Error, ErrorKind};
+use crate::protocol::BreakerState;
 
 /// A snapshot of what a [`Locks`](crate::Locks) has done since it was made.
 ///
@@ -118,6 +119,17 @@ impl Drop for Waits<'_> {
     }
 }
 
+/// The state of the breaker, as it is at first.
+pub(super) fn breaker_is(state: BreakerState) {
+    observe::breaker(state);
+}
+
+/// The state of the breaker has changed.
+pub(super) fn breaker_turned(to: BreakerState) {
+    observe::breaker(to);
+    observe::turned(to);
+}
+
 /// The names are in `src/docs/metrics.md`. Labels are bounded: never a key.
 #[cfg(feature = "metrics")]
 mod observe {
@@ -126,6 +138,24 @@ mod observe {
     use metrics::{counter, gauge, histogram};
 
     use crate::error::ErrorKind;
+    use crate::protocol::BreakerState;
+
+    pub(super) fn breaker(state: BreakerState) {
+        gauge!("palisade_breaker_state").set(match state {
+            BreakerState::Closed => 0.0,
+            BreakerState::HalfOpen => 1.0,
+            BreakerState::Open => 2.0,
+        });
+    }
+
+    pub(super) fn turned(to: BreakerState) {
+        let to = match to {
+            BreakerState::Closed => "closed",
+            BreakerState::HalfOpen => "half_open",
+            BreakerState::Open => "open",
+        };
+        counter!("palisade_breaker_transitions_total", "to" => to).increment(1);
+    }
 
     pub(super) fn waits() {
         gauge!("palisade_locks_waiting").increment(1);
@@ -168,9 +198,12 @@ mod observe {
     use std::time::Duration;
 
     use crate::error::ErrorKind;
+    use crate::protocol::BreakerState;
 
     pub(super) fn waits() {}
     pub(super) fn waits_no_more() {}
+    pub(super) fn breaker(_state: BreakerState) {}
+    pub(super) fn turned(_to: BreakerState) {}
     pub(super) fn waited(_waited: Duration) {}
     pub(super) fn granted() {}
     pub(super) fn failed(_kind: ErrorKind) {}

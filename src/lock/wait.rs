@@ -1,6 +1,7 @@
 //! A request that stands in line, as its own client sees it.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use tokio::sync::Notify;
 use tokio::time::Instant;
@@ -53,6 +54,12 @@ impl Waiting {
         if let Some(lane) = &self.lane {
             lane.set_unanswered(false);
         }
+    }
+
+    /// The host was suspended for `by`: what was answered before is as much older.
+    pub(super) fn slept(&self, by: Duration) {
+        let mut state = self.lock();
+        state.queued = state.queued.checked_sub(by).unwrap_or(state.queued);
     }
 
     /// A refresh failed.

@@ -4,6 +4,9 @@
 //! with a time-out of its own, so that a slow partition delays nobody else. Leases with little time
 //! left are sent apart from those with much, because the time-out of a call is that of its most
 //! urgent lease. Releases have places of their own, so that many of them hold up no renewal.
+//!
+//! While the breaker is open, it is this task that asks whether the service is back, so that no
+//! caller has to wait for that.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
@@ -14,14 +17,16 @@ use futures_util::stream::FuturesUnordered;
 use tokio::time::Instant;
 
 use crate::backend::LockBackend;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::Result;
 use crate::protocol::{Renewal, Renewals, Renewed};
 use crate::types::Partition;
 
 use super::hold::Kept;
 use super::schedule::{Job, Schedule, Settle};
 use super::statistics::Counters;
+use super::vitals::{Pass, Vitals};
 use super::wait::Waiting;
+use super::wakefulness::Wakefulness;
 
 /// The most requests in one renewal call, and the most keys.
 const BATCH: usize = 100;
@@ -37,6 +42,8 @@ pub(super) struct Watchdog {
     pub(super) schedule: Arc<Schedule>,
     pub(super) backend: Arc<dyn LockBackend>,
     pub(super) counters: Arc<Counters>,
+    pub(super) vitals: Arc<Vitals>,
+    pub(super) wakefulness: Arc<Wakefulness>,
     pub(super) call_timeout: Duration,
 }
 
@@ -55,9 +62,14 @@ impl Watchdog {
         let _alive = Alive(Arc::clone(&self.schedule));
         let mut renewing = FuturesUnordered::new();
         let mut settling = FuturesUnordered::new();
+        let mut asking = FuturesUnordered::new();
         let mut dropped = VecDeque::new();
+        let mut next = None;
         while !self.schedule.is_finished() {
-            let due = self.schedule.take_due(Instant::now());
+            self.wakefulness.slept();
+            let now = Instant::now();
+            let late = next.map_or(Duration::ZERO, |next| now.saturating_duration_since(next));
+            let due = self.schedule.take_due(now);
             for (partition, jobs) in self.batches(due, &mut dropped) {
                 renewing.push(self.renew(partition, jobs));
             }
@@ -66,11 +78,15 @@ impl Watchdog {
             {
                 settling.push(self.settle(settle));
             }
+            next = self.schedule.next_due(Instant::now());
+            self.vitals.watched(next, late);
             tokio::select! {
                 () = self.schedule.changed() => {}
-                () = sleep_until(self.schedule.next_due(Instant::now())) => {}
+                () = sleep_until(next) => {}
                 Some(()) = renewing.next(), if !renewing.is_empty() => {}
                 Some(()) = settling.next(), if !settling.is_empty() => {}
+                pass = self.vitals.trial_due() => asking.push(self.ask(pass)),
+                Some(()) = asking.next(), if !asking.is_empty() => {}
             }
         }
     }
@@ -129,19 +145,19 @@ impl Watchdog {
     }
 
     async fn renew(&self, partition: Partition, jobs: Vec<(Job, Renewal)>) {
-        let sent = Instant::now();
+        let (slept, sent) = (self.wakefulness.slept(), Instant::now());
         let (jobs, renewals): (Vec<Job>, Vec<Renewal>) = jobs.into_iter().unzip();
         let limit = jobs.iter().filter_map(|job| job.attempt(sent)).min();
         let limit = limit.unwrap_or(self.call_timeout).min(self.call_timeout);
         let call = self.backend.renew(partition, &renewals);
-        let answer = match tokio::time::timeout(limit, call).await {
-            Ok(Ok(answers)) if answers.len() == jobs.len() => Ok(answers),
-            Ok(Ok(_)) => Err("the lock service left renewals unanswered".to_owned()),
-            Ok(Err(error)) => Err(error.to_string()),
-            Err(_) => Err(format!("no answer within {limit:?}")),
+        let answer = match self.vitals.pass().call(limit, call).await {
+            Ok(answers) if answers.len() == jobs.len() => Ok(answers),
+            Ok(_) => Err("the lock service left renewals unanswered".to_owned()),
+            Err(error) => Err(error.to_string()),
         };
         match answer {
             Ok(answers) => {
+                let sent = self.wakefulness.sent(sent, slept);
                 for (job, renewed) in jobs.iter().zip(answers) {
                     self.apply(job, renewed, sent);
                 }
@@ -216,12 +232,8 @@ impl Watchdog {
 
     async fn settle(&self, settle: Arc<Settle>) {
         let job = Job::Settle(Arc::clone(&settle));
-        let answer = tokio::time::timeout(self.call_timeout, self.settle_once(&settle)).await;
-        let failed = match answer {
-            Ok(Ok(())) => None,
-            Ok(Err(error)) => Some(error),
-            Err(_) => Some(Error::new(ErrorKind::Unavailable, "release", "no answer")),
-        };
+        let pass = self.vitals.pass().of_release();
+        let failed = pass.call(self.call_timeout, self.settle_once(&settle)).await.err();
         let now = Instant::now();
         match failed {
             Some(error) if now < settle.until => {
@@ -235,6 +247,13 @@ impl Watchdog {
             None => {
                 self.schedule.done(settle.part.request, &job);
             }
+        }
+    }
+
+    /// Asks whether the service is back; the breaker takes note of the answer.
+    async fn ask(&self, pass: Pass<'_>) {
+        if let Err(error) = self.vitals.probe(pass, &*self.backend).await {
+            tracing::debug!(%error, "the lock service is not back");
         }
     }
 

@@ -13,6 +13,7 @@ mod branch;
 mod core;
 #[cfg(any(feature = "sqlite", feature = "postgres"))]
 mod database;
+mod health;
 #[cfg(feature = "postgres")]
 mod postgres;
 #[cfg(any(feature = "sqlite", feature = "postgres"))]
@@ -41,6 +42,7 @@ use crate::types::{FencingToken, Lease, LeaseState, Mode, OwnerId, ResourceKey};
 pub use branch::Branch;
 #[cfg(any(feature = "sqlite", feature = "postgres"))]
 pub use database::SqlDatabase;
+pub use health::StoreHealth;
 #[cfg(feature = "postgres")]
 pub use postgres::Isolation;
 #[cfg(any(feature = "sqlite", feature = "postgres"))]
@@ -104,6 +106,11 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
 
     /// Opens a branch that reads one snapshot in which nothing is newer than the caller's tokens.
     async fn open_read(&self, fence: &Fence) -> Result<Arc<dyn AnyBranch>>;
+
+    /// How it stands, from what is known in this process. Does no I/O.
+    fn health(&self) -> StoreHealth {
+        StoreHealth::new(self.name())
+    }
 }
 
 /// A branch of a transaction, whatever its database.

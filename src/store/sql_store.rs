@@ -1,7 +1,7 @@
 //! A database as a store: its pool, its name, its settings.
 
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -13,11 +13,11 @@ use uuid::Uuid;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::sql::classify;
-use crate::types::Mode;
+use crate::types::{Mode, Status};
 
 use super::core::BranchCore;
 use super::database::SqlDatabase;
-use super::{AnyBranch, Fence, Store};
+use super::{AnyBranch, Fence, Store, StoreHealth};
 
 /// How long a statement may run unless the store says otherwise.
 const STATEMENT_TIMEOUT: Duration = Duration::from_secs(30);
@@ -49,6 +49,8 @@ pub struct SqlStore<DB: SqlDatabase> {
     pub(crate) fence: &'static str,
     pub(super) settings: DB::Settings,
     id: Arc<OnceCell<Uuid>>,
+    /// Why the last branch could not be opened, if the database was not reached.
+    out_of_reach: Arc<Mutex<Option<String>>>,
     pub(super) shared: Arc<DB::Shared>,
 }
 
@@ -73,6 +75,7 @@ impl<DB: SqlDatabase> SqlStore<DB> {
             fence: DB::FENCE,
             settings: DB::Settings::default(),
             id: Arc::default(),
+            out_of_reach: Arc::default(),
             shared: Arc::default(),
         }
     }
@@ -139,15 +142,23 @@ impl<DB: SqlDatabase> SqlStore<DB> {
                           lost commit can be settled; use read, or declare a key exclusively";
             return Err(Error::new(ErrorKind::Misuse, "enlist", detail));
         }
-        let opened = bounded("enlist", fence, DB::open(self, fence)).await?;
+        let opened = self.noted(bounded("enlist", fence, DB::open(self, fence)).await)?;
         Ok(Arc::new(BranchCore::new(self, fence, false, opened)))
     }
 
     /// Opens a branch that reads one snapshot.
     pub(crate) async fn open_read_typed(&self, fence: &Fence) -> Result<Arc<BranchCore<DB>>> {
         check(fence)?;
-        let opened = bounded("read", fence, DB::open_read(self, fence)).await?;
+        let opened = self.noted(bounded("read", fence, DB::open_read(self, fence)).await)?;
         Ok(Arc::new(BranchCore::new(self, fence, true, opened)))
+    }
+
+    /// Takes note for the health.
+    fn noted<T>(&self, opened: Result<T>) -> Result<T> {
+        let why = opened.as_ref().err().filter(|error| error.is_unavailable());
+        let why = why.map(ToString::to_string);
+        *self.out_of_reach.lock().unwrap_or_else(PoisonError::into_inner) = why;
+        opened
     }
 
     /// How long a statement of a branch may run.
@@ -231,6 +242,7 @@ impl<DB: SqlDatabase> Clone for SqlStore<DB> {
             fence: self.fence,
             settings: self.settings.clone(),
             id: Arc::clone(&self.id),
+            out_of_reach: Arc::clone(&self.out_of_reach),
             shared: Arc::clone(&self.shared),
         }
     }
@@ -264,5 +276,17 @@ impl<DB: SqlDatabase> Store for SqlStore<DB> {
 
     async fn open_read(&self, fence: &Fence) -> Result<Arc<dyn AnyBranch>> {
         Ok(self.open_read_typed(fence).await?)
+    }
+
+    fn health(&self) -> StoreHealth {
+        let why = self.out_of_reach.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let (status, reason) = match why {
+            _ if self.pool.is_closed() => (Status::Down, Some("its pool was closed".to_owned())),
+            Some(why) => (Status::Degraded, Some(why)),
+            None => (Status::Up, None),
+        };
+        let idle = u32::try_from(self.pool.num_idle()).ok();
+        let connections = Some(self.pool.size());
+        StoreHealth { status, reason, connections, idle, ..StoreHealth::new(self.name()) }
     }
 }

@@ -354,6 +354,15 @@ impl Tx {
         !self.core.degraded && self.core.state.is_held()
     }
 
+    /// Resolves when a third of the lease is left and it has not been renewed: see
+    /// [`Locked::expiring`](crate::Locked::expiring).
+    ///
+    /// # Cancel safety
+    /// Dropping the future has no effect.
+    pub async fn expiring(&self) {
+        self.core.state.expiring().await;
+    }
+
     /// Resolves when the lease is lost.
     ///
     /// # Cancel safety

@@ -4,6 +4,7 @@ mod begin;
 mod core;
 mod fallback;
 mod finish;
+mod health;
 mod keeper;
 mod nested;
 mod observe;
@@ -26,6 +27,7 @@ use keeper::Keeper;
 pub use begin::TransactionRequest;
 pub use core::{Transaction, Tx};
 pub use fallback::{Fallback, Handler, Outage};
+pub use health::Health;
 pub use nested::Nested;
 
 /// Begins transactions over one lock service and the stores it was built with. Clones share

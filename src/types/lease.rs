@@ -3,7 +3,7 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use super::RequestId;
@@ -104,8 +104,24 @@ impl TryFrom<Duration> for Lease {
 /// passed on the monotonic clock of this process, whether or not a timer has noticed.
 #[derive(Debug, Default)]
 pub struct LeaseState {
-    deadlines: Mutex<Vec<(RequestId, Instant)>>,
+    covered: Mutex<Vec<Covered>>,
     lost: CancellationToken,
+}
+
+/// A grant, and how long it lasts.
+#[derive(Debug)]
+struct Covered {
+    request: RequestId,
+    deadline: Instant,
+    /// When it is in danger unless it is renewed.
+    expiring: Instant,
+}
+
+impl Covered {
+    fn new(request: RequestId, deadline: Instant) -> Self {
+        let left = deadline.saturating_duration_since(Instant::now());
+        Self { request, deadline, expiring: deadline - left / 3 }
+    }
 }
 
 impl LeaseState {
@@ -119,32 +135,42 @@ impl LeaseState {
 
     /// Adds a grant that lasts until `deadline`.
     pub fn cover(&self, request: RequestId, deadline: Instant) {
-        let mut deadlines = self.deadlines();
-        if deadlines.is_empty() {
-            deadlines.reserve_exact(1); // most states cover no second one
+        let mut covered = self.covered();
+        if covered.is_empty() {
+            covered.reserve_exact(1); // most states cover no second one
         }
-        deadlines.push((request, deadline));
+        covered.push(Covered::new(request, deadline));
     }
 
     /// Moves the deadline of a grant that is covered. It never moves back, and what is lost stays
     /// lost.
     pub fn extend(&self, request: RequestId, deadline: Instant) {
         if self.is_held()
-            && let Some((_, current)) =
-                self.deadlines().iter_mut().find(|(known, _)| *known == request)
+            && let Some(covered) = self.covered().iter_mut().find(|one| one.request == request)
+            && covered.deadline < deadline
         {
-            *current = deadline.max(*current);
+            *covered = Covered::new(request, deadline);
+        }
+    }
+
+    /// Takes time off a grant: the host was suspended for as long, while the service's clock ran.
+    pub fn shorten(&self, request: RequestId, by: Duration) {
+        let mut covered = self.covered();
+        for covered in covered.iter_mut().filter(|one| one.request == request) {
+            let earlier = |at: Instant| at.checked_sub(by).unwrap_or_else(Instant::now);
+            covered.deadline = earlier(covered.deadline);
+            covered.expiring = earlier(covered.expiring);
         }
     }
 
     /// Takes a grant out that was given up. With the last one, the state counts as lost: whoever
     /// still looks at it must not take the keys for held.
     pub fn uncover(&self, request: RequestId) {
-        let mut deadlines = self.deadlines();
-        let before = deadlines.len();
-        deadlines.retain(|(known, _)| *known != request);
-        let given_up = deadlines.is_empty() && before > 0;
-        drop(deadlines);
+        let mut covered = self.covered();
+        let before = covered.len();
+        covered.retain(|one| one.request != request);
+        let given_up = covered.is_empty() && before > 0;
+        drop(covered);
         if given_up {
             self.lose();
         }
@@ -153,14 +179,39 @@ impl LeaseState {
     /// When the first of the grants ends unless it is renewed; `None` without any.
     #[must_use]
     pub fn deadline(&self) -> Option<Instant> {
-        self.deadlines().iter().map(|(_, deadline)| *deadline).min()
+        self.covered().iter().map(|one| one.deadline).min()
     }
 
     /// When the grant of `request` ends unless it is renewed; `None` when it is not covered.
     #[must_use]
     pub fn deadline_of(&self, request: RequestId) -> Option<Instant> {
-        let deadlines = self.deadlines();
-        deadlines.iter().find(|(known, _)| *known == request).map(|(_, deadline)| *deadline)
+        self.covered().iter().find(|one| one.request == request).map(|one| one.deadline)
+    }
+
+    /// Whether a third or less is left of what was granted last for one of the grants, or it is
+    /// lost.
+    #[must_use]
+    pub fn is_expiring(&self) -> bool {
+        !self.is_held() || self.expiring_at().is_some_and(|at| at <= Instant::now())
+    }
+
+    /// Resolves when [`is_expiring`](LeaseState::is_expiring) holds. It may cease to hold later,
+    /// when a renewal succeeds after all.
+    ///
+    /// # Cancel safety
+    /// Dropping the future has no effect.
+    pub async fn expiring(&self) {
+        while !self.is_expiring() {
+            let at = self.expiring_at();
+            tokio::select! {
+                () = self.lost.cancelled() => {}
+                () = sleep_until(at.unwrap_or_else(Instant::now)), if at.is_some() => {}
+            }
+        }
+    }
+
+    fn expiring_at(&self) -> Option<Instant> {
+        self.covered().iter().map(|one| one.expiring).min()
     }
 
     /// Whether every grant is still held. Marks the state as lost when a deadline has passed.
@@ -187,8 +238,8 @@ impl LeaseState {
         &self.lost
     }
 
-    fn deadlines(&self) -> MutexGuard<'_, Vec<(RequestId, Instant)>> {
-        self.deadlines.lock().unwrap_or_else(PoisonError::into_inner)
+    fn covered(&self) -> MutexGuard<'_, Vec<Covered>> {
+        self.covered.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -221,6 +272,32 @@ mod tests {
         tokio::time::advance(Duration::from_secs(2)).await;
         state.extend(request, Instant::now() + Duration::from_secs(5));
         assert!(!state.is_held(), "what is lost stays lost");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_lease_is_expiring_when_a_third_is_left_and_not_after_a_renewal() {
+        let (state, request, begun) = (LeaseState::default(), RequestId::next(), Instant::now());
+        state.cover(request, begun + Duration::from_secs(9));
+        state.expiring().await;
+        assert_eq!(begun.elapsed().as_secs(), 6);
+        assert!(state.is_expiring() && state.is_held());
+        state.extend(request, begun + Duration::from_secs(15));
+        assert!(!state.is_expiring());
+        state.expiring().await;
+        assert_eq!(begun.elapsed().as_secs(), 12);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_a_host_slept_is_taken_off_a_lease() {
+        let (state, now) = (LeaseState::default(), Instant::now());
+        let (short, long) = (RequestId::next(), RequestId::next());
+        state.cover(short, now + Duration::from_secs(3));
+        state.cover(long, now + Duration::from_secs(9));
+        state.shorten(long, Duration::from_secs(5));
+        assert_eq!(state.deadline_of(long), Some(now + Duration::from_secs(4)));
+        assert!(state.is_held());
+        state.shorten(short, Duration::from_secs(5));
+        assert!(!state.is_held());
     }
 
     #[tokio::test(start_paused = true)]

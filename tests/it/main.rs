@@ -10,10 +10,12 @@
     reason = "a test panics to fail, and nobody imports it"
 )]
 
+mod breaker;
 mod cancel;
 mod examples;
 mod fault_matrix;
 mod hazards;
+mod health;
 mod histories;
 mod local_hand_over;
 mod locks;
@@ -33,6 +35,7 @@ mod redis_outage;
 mod redis_states;
 mod redis_together;
 mod servers;
+mod shaky;
 mod store_fences;
 mod store_postgres;
 mod store_postgres_facts;

@@ -7,6 +7,8 @@ use metrics_util::debugging::DebuggingRecorder;
 use palisade::backend::MemoryBackend;
 use palisade::{Coordinator, LockOptions, Locks};
 
+use crate::shaky::{Mood, Shaky};
+
 /// The names in the first column of the table.
 fn documented() -> BTreeSet<String> {
     let table = include_str!("../../src/docs/metrics.md");
@@ -49,4 +51,9 @@ async fn use_everything() {
     assert_eq!((statistics.released, statistics.active, statistics.waiting), (2, 0, 0));
     assert!(statistics.renewed > 0);
     assert!(statistics.mean_hold > Duration::from_millis(900), "{statistics:?}");
+
+    let shaky = Shaky::new();
+    let locks = shaky.locks(LockOptions::default()).await;
+    shaky.set(Mood::Fails);
+    while locks.lock("a").try_acquire().await.unwrap_err().retry_after().is_none() {}
 }

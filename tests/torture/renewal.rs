@@ -8,7 +8,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use futures_util::stream::{self, StreamExt};
 use palisade::backend::{
-    Capabilities, LockBackend, MemoryBackend, RedisBackend, RedisOptions, Sink,
+    Capabilities, LockBackend, MemoryBackend, Probe, RedisBackend, RedisOptions, Sink,
 };
 use palisade::protocol::{Acquire, Acquired, Inspection, Part, Released, Renewal, Renewed};
 use palisade::{ClientId, LockGuard, LockOptions, Locks, Partition, ResourceKey};
@@ -261,5 +261,9 @@ impl LockBackend for Silent {
 
     async fn ping(&self) -> palisade::Result<()> {
         self.through().await.ping().await
+    }
+
+    async fn probe(&self) -> palisade::Result<Probe> {
+        self.through().await.probe().await
     }
 }

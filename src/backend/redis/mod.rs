@@ -80,7 +80,7 @@ use async_trait::async_trait;
 use redis::IntoConnectionInfo as _;
 use tokio::task::JoinHandle;
 
-use super::{Capabilities, LockBackend, Sink};
+use super::{Capabilities, LockBackend, Probe, Sink};
 use crate::error::{Error, ErrorKind, Result};
 use crate::protocol::{Acquire, Acquired, Inspection, Part, Released, Renewal, Renewed};
 use crate::types::{ClientId, Partition, ResourceKey};
@@ -273,6 +273,11 @@ impl LockBackend for RedisBackend {
 
     async fn ping(&self) -> Result<()> {
         self.link.command("ping", redis::cmd("PING")).await.map(drop)
+    }
+
+    async fn probe(&self) -> Result<Probe> {
+        let answer = self.link.command("ping", redis::cmd("TIME")).await?;
+        Ok(Probe::new(Some(reply::clock(&answer)?)))
     }
 }
 

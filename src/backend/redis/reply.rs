@@ -87,6 +87,15 @@ pub(super) fn cancelled(value: &Value) -> Result<()> {
     }
 }
 
+/// The server's clock in µs since 1970.
+pub(super) fn clock(value: &Value) -> Result<u64> {
+    let read = || {
+        let [seconds, micros] = array(value)? else { return None };
+        number(seconds)?.checked_mul(1_000_000)?.checked_add(number(micros)?)
+    };
+    read().ok_or_else(|| unreadable("ping", value))
+}
+
 pub(super) fn inspection(value: &Value) -> Result<Inspection> {
     refuse_corrupt("inspect", value)?;
     read_inspection(value).ok_or_else(|| unreadable("inspect", value))

@@ -50,6 +50,8 @@ impl Plan {
         let mut options = LockOptions::default();
         (options.lease, options.call_timeout) = (self.lease, self.call_timeout);
         options.max_entries = u32::try_from(self.limit).unwrap();
+        // A history of requests that were not sent says nothing.
+        options.breaker.enabled = false;
         options
     }
 }

@@ -216,7 +216,25 @@ impl Client {
     /// as `run` makes.
     async fn add_last(&self, key: &str) {
         let operation = std::sync::Mutex::new(self.operation(key, true));
-        let answer = if self.fenced {
+        let answer = loop {
+            let answer = self.try_last(key, &operation).await;
+            // Right after an outage the client may refuse by itself.
+            match &answer {
+                Err(error) if error.retry_after().is_some() => sleep(PAUSE).await,
+                _ => break answer,
+            }
+        };
+        let mut operation = operation.into_inner().unwrap();
+        operation.ends(answer);
+        self.history.note(&operation);
+    }
+
+    async fn try_last(
+        &self,
+        key: &str,
+        operation: &std::sync::Mutex<Operation>,
+    ) -> palisade::Result<()> {
+        if self.fenced {
             let work = async |tx: palisade::Tx| {
                 let mut attempt = operation.lock().unwrap().clone();
                 attempt.token = Some(tx.held()[0].token.get());
@@ -231,9 +249,6 @@ impl Client {
             let answer = self.add_plainly(&mut attempt, Thoughts::default()).await;
             *operation.lock().unwrap() = attempt;
             answer
-        };
-        let mut operation = operation.into_inner().unwrap();
-        operation.ends(answer);
-        self.history.note(&operation);
+        }
     }
 }

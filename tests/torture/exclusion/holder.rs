@@ -101,7 +101,15 @@ impl Worker {
         };
         let asked = clock::now();
         let wait = if last { LAST_WAIT } else { WAIT };
-        let guard = request.ttl(self.settings.lease).wait(wait).acquire().await.ok()?;
+        let request = request.ttl(self.settings.lease).wait(wait);
+        let guard = loop {
+            match request.clone().acquire().await {
+                Ok(guard) => break guard,
+                // Right after an outage the client may refuse by itself.
+                Err(error) if last && error.retry_after().is_some() => sleep(PAUSE).await,
+                Err(_) => return None,
+            }
+        };
         let granted = clock::now();
         let number = self.count.fetch_add(1, Ordering::SeqCst);
         let mut hold = Hold {
