@@ -18,7 +18,7 @@
 //! | a clock minutes or days off | tokens grow; `Corrupt` beyond a day | `redis_clock` |
 //! | no memory after a restart | `Lost`; with a guard, nothing is granted | `redis_memory` |
 //! | a certificate that is not accepted | `Denied` | `redis_tls` |
-//! | a version before 7.0 | `Unavailable`, with the one it needs | units of the driver |
+//! | a version before 7.0 | `Unavailable` at once, with the one it needs | |
 
 use std::error::Error as _;
 use std::sync::Arc;
@@ -28,6 +28,9 @@ use futures_util::future::join_all;
 use palisade::backend::{LockBackend, RedisBackend, RedisOptions};
 use palisade::protocol::{Inspection, Released, Renewed};
 use palisade::{Error, ErrorKind, Mode};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::redis_asks::{Client, P0, SOON, connect, key, renew, tokens};
 use crate::support::{Directory, Events, RedisServer, wait_until};
@@ -450,4 +453,41 @@ async fn a_node_of_a_cluster_is_named_as_one() {
     redis.acquire(&second).await.unwrap();
     redis.release(&first.part).await.unwrap();
     assert!(client.was_told(&second));
+}
+
+/// Between a client and a server, which it makes say that it is of version 6. Returns its port.
+async fn aged(server: &RedisServer) -> (u16, AbortOnDropHandle<()>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let (port, target) = (listener.local_addr().unwrap().port(), server.port());
+    let task = tokio::spawn(async move {
+        let (client, _) = listener.accept().await.unwrap();
+        let server = TcpStream::connect(("127.0.0.1", target)).await.unwrap();
+        let (mut from_client, mut to_client) = client.into_split();
+        let (mut from_server, mut to_server) = server.into_split();
+        let back = async {
+            let mut buffer = vec![0; 1 << 16];
+            while let Ok(n @ 1..) = from_server.read(&mut buffer).await {
+                let name = b"redis_version:";
+                if let Some(at) = buffer[..n].windows(name.len()).position(|text| text == name) {
+                    buffer[at + name.len()] = b'6';
+                }
+                to_client.write_all(&buffer[..n]).await.unwrap();
+            }
+        };
+        tokio::select! {
+            _ = tokio::io::copy(&mut from_client, &mut to_server) => {}
+            () = back => {}
+        }
+    });
+    (port, AbortOnDropHandle::new(task))
+}
+
+#[tokio::test]
+async fn a_server_of_an_old_version_is_named_at_once() {
+    let server = RedisServer::start();
+    let (port, _task) = aged(&server).await;
+    // It accepts one connection: whoever tries again would wait for as long as its patience lasts.
+    let error = refusal_within(&format!("redis://127.0.0.1:{port}"), 3 * SOON).await;
+    assert!(error.is_unavailable() && error.to_string().contains("7.0"), "{error:?}");
+    assert_eq!(server.command(&["KEYS", "*"]), "", "nothing was written");
 }

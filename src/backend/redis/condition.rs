@@ -10,10 +10,20 @@ use super::failure;
 use super::greeting::{Refusal, ask, text};
 use super::options::RedisOptions;
 use super::request;
-use super::script::Scripts;
 use crate::error::{Error, ErrorKind};
+use crate::types::Partition;
 
 const OPERATION: &str = "connect";
+
+/// Where the life of the server is kept that was seen last.
+const LIFE: &str = "palisade:life";
+
+/// What stands in the place of a token counter while nothing is to be granted.
+pub(super) const QUIET: &str = "quiet";
+
+/// Sent once a connection, so with its text.
+const REMEMBER_LIFE: &str =
+    concat!("#!lua flags=allow-oom\n", include_str!("lua/remember_life.lua"));
 
 /// What the server says of itself.
 struct Condition(String);
@@ -83,10 +93,15 @@ impl Condition {
         let guard = guard.saturating_add(Duration::from_secs(1));
         let left = guard.saturating_sub(Duration::from_secs(uptime.unwrap_or(0)));
         let life = self.field("run_id").unwrap_or_default();
-        let call = request::remember_life(partitions, life, left);
-        match ask(connection, &call.by_text(&Scripts::default())).await? {
+        let mut remember = redis::cmd("EVAL");
+        remember.arg(REMEMBER_LIFE).arg(usize::from(partitions) + 1).arg(LIFE);
+        for partition in 0..partitions {
+            remember.arg(request::counter(Partition(partition)));
+        }
+        remember.arg(life).arg(left.as_millis().to_string()).arg(QUIET);
+        match ask(connection, &remember).await? {
             Value::Int(_) => Ok(()),
-            _ => Err(Refusal::Final(failure::corrupt(OPERATION, request::LIFE))),
+            _ => Err(Refusal::Final(failure::corrupt(OPERATION, LIFE))),
         }
     }
 }

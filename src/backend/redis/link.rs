@@ -22,6 +22,7 @@ use tokio::sync::Notify;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
+use super::condition;
 use super::failure::{self, Remedy, explain, remedy};
 use super::greeting::{self, Peer, Refusal};
 use super::options::RedisOptions;
@@ -175,7 +176,7 @@ impl Link {
         word.arg(&counter);
         left.arg(&counter);
         match self.command("inspect", word).await.ok()? {
-            Value::BulkString(word) if word == request::QUIET.as_bytes() => {}
+            Value::BulkString(word) if word == condition::QUIET.as_bytes() => {}
             _ => return None,
         }
         match self.command("inspect", left).await.ok()? {
@@ -209,6 +210,10 @@ impl Link {
                 Remedy::Reconnect => {
                     live.retired.cancel();
                     repeated = true;
+                    if !error.is_io_error() {
+                        // Who runs out of time before the next connection is told this.
+                        *lock(&self.last_error) = Some(error.clone());
+                    }
                 }
                 Remedy::Wait => {}
                 Remedy::GiveUp => return Err(explain(operation, error)),

@@ -267,7 +267,14 @@ impl LockBackend for RedisBackend {
         let (share, alone) = (|| Share::acquire(ask), || request::acquire(ask));
         let answer = self.link.share("acquire", share, alone).await?;
         let acquired = reply::acquired(&answer.value, &ask.part);
-        let acquired = self.unless_quiet(&ask.part, acquired).await?;
+        let acquired = match self.unless_quiet(&ask.part, acquired).await {
+            // What kept the server quiet may have expired meanwhile.
+            Err(error) if error.kind() == ErrorKind::Corrupt && error.key().is_none() => {
+                let answer = self.link.call("acquire", &request::acquire(ask)).await?;
+                reply::acquired(&answer, &ask.part)?
+            }
+            acquired => acquired?,
+        };
         if matches!(acquired, Acquired::Granted(_)) {
             self.known("acquire", &[&ask.part]).await?;
         }

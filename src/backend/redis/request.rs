@@ -3,20 +3,12 @@
 use std::fmt;
 use std::time::Duration;
 
-use super::script::{
-    ACQUIRE, CANCEL, Call, INSPECT, RELEASE, REMEMBER_LIFE, RENEW, TOGETHER, Words,
-};
+use super::script::{ACQUIRE, CANCEL, Call, INSPECT, RELEASE, RENEW, TOGETHER, Words};
 use crate::protocol::{Acquire, Part, Renewal, Standing, TOMBSTONE};
 use crate::types::{ClientId, Mode, OwnerId, Partition, RequestId, ResourceKey, Want};
 
 /// Where the number of partitions is kept.
 pub(super) const PARTITIONS: &str = "palisade:partitions";
-
-/// Where the life of the server is kept that was seen last.
-pub(super) const LIFE: &str = "palisade:life";
-
-/// What stands in the place of a token counter while nothing is to be granted.
-pub(super) const QUIET: &str = "quiet";
 
 /// The most leases that one call renews.
 const RENEWALS: usize = 100;
@@ -180,27 +172,14 @@ pub(super) fn inspect(partition: Partition, key: &ResourceKey) -> Call {
     Call::new(&INSPECT, keys, Words::default())
 }
 
-/// Remembers the life of the server, and keeps it quiet for so long if it is a new one.
-pub(super) fn remember_life(partitions: u16, life: &str, quiet: Duration) -> Call {
-    let (mut keys, mut args) = (Words::default(), Words::default());
-    keys.push(&[LIFE]);
-    for partition in 0..partitions {
-        keys.push(&[&counter(Partition(partition))]);
-    }
-    args.push(&[life]);
-    args.write(quiet.as_millis());
-    args.push(&[QUIET]);
-    Call::new(&REMEMBER_LIFE, keys, args)
+/// The channel on which a client hears of its grants.
+pub(super) fn channel(client: ClientId) -> String {
+    format!("palisade:c:{client}")
 }
 
 /// The token counter of a partition.
 pub(super) fn counter(partition: Partition) -> String {
-    prefix(partition) + "t"
-}
-
-/// The channel on which a client hears of its grants.
-pub(super) fn channel(client: ClientId) -> String {
-    format!("palisade:c:{client}")
+    format!("{}t", prefix(partition))
 }
 
 /// The resource key that a Redis key is about, if it is about one.

@@ -56,10 +56,6 @@ pub(super) static INSPECT: Script =
 /// Several acquires and releases that meet nobody.
 pub(super) static TOGETHER: Script = Script::new(&["#!lua\n", include_str!("lua/together.lua")]);
 
-/// Keeps a server quiet that may have forgotten locks. Sent with its text, once a connection.
-pub(super) static REMEMBER_LIFE: Script =
-    Script::new(&["#!lua flags=allow-oom\n", include_str!("lua/remember_life.lua")]);
-
 /// Steps that several scripts take within a loop, or at once, and where each of them stands.
 const FRAGMENTS: [(&str, &str); 2] = [
     ("-- include mine.lua\n", include_str!("lua/mine.lua")),
