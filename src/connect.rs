@@ -12,6 +12,7 @@ use crate::lock::{LockOptions, Locks};
 /// |---|---|---|
 /// | `memory:` | within this process | |
 /// | `redis://[user:password@]host[:port][/db]` | one Redis server | `redis` |
+/// | `rediss://[user:password@]host[:port][/db]` | the same, by TLS | `redis-tls` |
 /// | `unix:path`, `redis+unix:path` | the same, by its socket | `redis` |
 ///
 /// # Errors
@@ -44,7 +45,7 @@ pub async fn connect_with(url: &str, options: LockOptions) -> Result<Locks> {
     let backend: Arc<dyn LockBackend> = match scheme {
         "memory" => Arc::new(MemoryBackend::new()),
         #[cfg(feature = "redis")]
-        "redis" | "redis+unix" | "unix" => {
+        "redis" | "rediss" | "redis+unix" | "unix" => {
             use crate::backend::{RedisBackend, RedisOptions};
             Arc::new(RedisBackend::connect(url, RedisOptions::default()).await?)
         }

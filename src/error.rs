@@ -39,7 +39,8 @@ pub enum ErrorKind {
     StaleToken,
     /// The lock service or the store could not be reached, or did not answer in time.
     Unavailable,
-    /// The server refused the credentials or lacks a privilege.
+    /// The server refused the credentials, one side does not accept the certificate of the other,
+    /// or a privilege is missing.
     Denied,
     /// A foreign value stands where one of ours should be. It was left as it is.
     Corrupt,

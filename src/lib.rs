@@ -50,9 +50,9 @@
 //!
 //! # Features
 //!
-//! `redis` (default), `sqlite`, `postgres`, `metrics`, and `testing`: known bugs to plant in a
-//! driver, so that a test of one's own can show that it would find them. A feature adds API and
-//! never changes behaviour.
+//! `redis` (default), `redis-tls` (`rediss:` URLs), `sqlite`, `postgres`, `metrics`, and `testing`:
+//! known bugs to plant in a driver, so that a test of one's own can show that it would find them. A
+//! feature adds API and never changes behaviour.
 
 pub mod backend;
 mod connect;

@@ -20,7 +20,7 @@ use crate::types::{ClientId, Partition, ResourceKey};
 
 pub use memory::MemoryBackend;
 #[cfg(feature = "redis")]
-pub use redis::{RedisBackend, RedisOptions};
+pub use redis::{ClientCertificate, MinReplicas, RedisBackend, RedisOptions, TlsOptions};
 
 /// What a lock service can do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -398,6 +398,21 @@ impl<'a> Pair<'a> {
 /// Runs `cases` random sequences of about `steps` steps. `PALISADE_SEED` sets the seed, and
 /// `PALISADE_CASES` how many times as many cases are run.
 fn run(cases: u32, steps: usize, lapses: bool) {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+    let server = RedisServer::start();
+    let redis = runtime.block_on(connect(&server));
+    compare(&runtime, &server, &redis, cases, steps, lapses);
+}
+
+/// The same, with a backend that is connected.
+pub fn compare(
+    runtime: &tokio::runtime::Runtime,
+    server: &RedisServer,
+    redis: &RedisBackend,
+    cases: u32,
+    steps: usize,
+    lapses: bool,
+) {
     let times = std::env::var("PALISADE_CASES").ok().and_then(|times| times.parse().ok());
     let cases = cases * times.unwrap_or(1);
     let seed = std::env::var("PALISADE_SEED").ok().and_then(|seed| seed.parse().ok());
@@ -408,16 +423,13 @@ fn run(cases: u32, steps: usize, lapses: bool) {
     let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &bytes);
     let config = Config { cases, failure_persistence: None, ..Config::default() };
     let mut runner = TestRunner::new_with_rng(config, rng);
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
-    let server = RedisServer::start();
-    let redis = runtime.block_on(connect(&server));
     let blocks = AtomicUsize::new(0);
     let outcome = runner.run(&vec(step(lapses), 1..=2 * steps), |steps| {
         let memory = MemoryBackend::new();
         // A sequence that failed has left something; while it is made shorter, each starts afresh.
         server.command(&["FLUSHALL"]);
         runtime.block_on(async {
-            let mut pair = Pair::new(&memory, &redis, lapses).await;
+            let mut pair = Pair::new(&memory, redis, lapses).await;
             for step in &steps {
                 if pair
                     .first_short
@@ -439,7 +451,7 @@ fn run(cases: u32, steps: usize, lapses: bool) {
             redis.unsubscribe(pair.redis.client.id);
             blocks.fetch_add(pair.blocks, Ordering::Relaxed);
         });
-        let left = left(&server);
+        let left = left(server);
         let left: Vec<_> = left
             .iter()
             // Metadata of what has lapsed stays a little longer, and the memory of what was

@@ -2,16 +2,30 @@
 
 use redis::{ErrorKind as Kind, RedisError, ServerErrorKind};
 
+use super::tls;
 use crate::error::{Error, ErrorKind};
 
 /// What a connection says that is accepted and then hears nothing.
 pub(super) const NO_ANSWER: &str = "the Redis server accepts connections and does not answer";
 
+/// Nothing of what is dangerous but one's own connection and what the server says of itself.
 const PERMISSIONS: &str = "the Redis user lacks a permission; it needs ~palisade:* \
-     &palisade:c:* +@read +@write +@scripting +@pubsub +@connection +time +client|kill";
+     &palisade:c:* +@read +@write +@scripting +@pubsub +@connection -@dangerous +time +info \
+     +client|kill";
 
 /// Scripts with flags came with version 7.0.
 const TOO_OLD: &str = "the Redis server is too old; version 7.0 or later is needed";
+
+pub(super) fn too_old() -> Error {
+    Error::new(ErrorKind::Unavailable, "connect", TOO_OLD)
+}
+
+/// Who must not grant after a restart has to know of one.
+pub(super) fn unknown_life() -> Error {
+    let detail = "RedisOptions::amnesia_guard is set, and the Redis user may not ask since when \
+                  the server runs; it needs +info";
+    Error::new(ErrorKind::Denied, "connect", detail)
+}
 
 /// A release found nothing, after a copy of it whose answer was lost.
 pub(super) fn first_copy() -> Error {
@@ -35,6 +49,7 @@ pub(super) enum Remedy {
 
 pub(super) fn remedy(error: &RedisError) -> Remedy {
     match error.kind() {
+        Kind::Io if tls::refusal(error).is_some() => Remedy::GiveUp,
         Kind::Io | Kind::Parse => Remedy::Reconnect,
         Kind::Server(ServerErrorKind::NoScript) => Remedy::SendText,
         // The server may have become a replica; its name may meanwhile lead to another one.
@@ -52,6 +67,9 @@ pub(super) fn remedy(error: &RedisError) -> Remedy {
 
 /// The error that a caller sees.
 pub(super) fn explain(operation: &'static str, error: RedisError) -> Error {
+    if let Some(detail) = tls::refusal(&error) {
+        return Error::new(ErrorKind::Denied, operation, detail).with_source(error);
+    }
     let (kind, detail) = match (error.kind(), error.code().unwrap_or_default()) {
         (Kind::AuthenticationFailed, _) | (_, "NOAUTH" | "WRONGPASS") => {
             (ErrorKind::Denied, "Redis refused the user name or the password")
@@ -68,6 +86,11 @@ pub(super) fn explain(operation: &'static str, error: RedisError) -> Error {
         (_, "OOM") => (
             ErrorKind::Unavailable,
             "Redis is out of memory and takes no new locks; raise its maxmemory",
+        ),
+        (_, "NOREPLICAS") if operation == "release" => (
+            ErrorKind::Unavailable,
+            "Redis has too few replicas in reach to write (NOREPLICAS, min-replicas-to-write); \
+             the lock is left to expire",
         ),
         (_, "NOREPLICAS") => (
             ErrorKind::Unavailable,

@@ -1,15 +1,13 @@
 //! What is said on a new connection before anything else.
 
-use std::sync::Arc;
-
 use redis::aio::MultiplexedConnection;
-use redis::{AsyncConnectionConfig, Cmd, PushInfo, PushKind, RedisError, Value};
-use tokio_util::sync::CancellationToken;
+use redis::{Cmd, RedisError, Value};
 
+use super::condition;
 use super::failure::corrupt;
+use super::options::RedisOptions;
 use super::request::PARTITIONS;
 use super::script::Script;
-use super::subscribers::Subscribers;
 use crate::error::{Error, ErrorKind};
 
 const OPERATION: &str = "connect";
@@ -42,40 +40,18 @@ pub(super) async fn ask(
     connection.send_packed_command(command).await?.extract_error()
 }
 
-/// Opens a connection whose pushes go to `subscribers`. `retired` is cancelled when it is lost.
-pub(super) async fn open(
-    client: &redis::Client,
-    subscribers: &Arc<Subscribers>,
-    retired: CancellationToken,
-) -> Result<MultiplexedConnection, RedisError> {
-    let subscribers = Arc::clone(subscribers);
-    let on_push = move |push: PushInfo| -> Result<(), std::convert::Infallible> {
-        if push.kind == PushKind::Disconnection {
-            retired.cancel();
-        } else {
-            subscribers.deliver(&push);
-        }
-        Ok(())
-    };
-    // Callers bound their calls themselves: a time-out here would only hide whose it was.
-    let config = AsyncConnectionConfig::new()
-        .set_connection_timeout(None)
-        .set_response_timeout(None)
-        .set_push_sender(on_push);
-    client.get_multiplexed_async_connection_with_config(&config).await
-}
-
 /// Ends the connection before this one, checks the number of partitions, and loads the scripts.
 pub(super) async fn greet(
     connection: &mut MultiplexedConnection,
-    partitions: u16,
+    options: &RedisOptions,
     previous: Option<&Peer>,
 ) -> Result<Option<Peer>, Refusal> {
     if let Some(previous) = previous {
         end(connection, previous).await?;
     }
     let peer = introduce(connection).await?;
-    check_partitions(connection, partitions).await?;
+    condition::check(connection, options).await?;
+    check_partitions(connection, options.partitions).await?;
     for load in Script::load_all() {
         // A user that may not load scripts may still run them: then they are sent when needed.
         tolerate(ask(connection, &load).await)?;
@@ -97,18 +73,24 @@ async fn introduce(connection: &mut MultiplexedConnection) -> Result<Option<Peer
     let mut info = redis::cmd("CLIENT");
     info.arg("INFO");
     let text = match ask(connection, &info).await {
-        Ok(Value::BulkString(text)) => text,
-        Ok(Value::VerbatimString { text, .. }) => text.into_bytes(),
-        Ok(_) => return Ok(None),
+        Ok(value) => text(value).unwrap_or_default(),
         Err(error) => return tolerate(Err(error)).map(|()| None),
     };
-    let text = String::from_utf8_lossy(&text);
     let field = |name: &str| {
         text.split_whitespace().find_map(|word| word.strip_prefix(name)).map(str::to_owned)
     };
     // All clients of a unix socket have one address, with port 0: there, nobody can be told apart.
     let address = field("addr=").filter(|address| !address.ends_with(":0"));
     Ok(address.and_then(|address| Some(Peer { id: field("id=")?, address })))
+}
+
+/// The text that the server shows to people.
+pub(super) fn text(value: Value) -> Option<String> {
+    match value {
+        Value::BulkString(text) => Some(String::from_utf8_lossy(&text).into_owned()),
+        Value::VerbatimString { text, .. } => Some(text),
+        _ => None,
+    }
 }
 
 /// Stores the number of partitions where there is none, and compares it where there is one.

@@ -18,20 +18,23 @@ use std::time::Duration;
 
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
-use redis::aio::MultiplexedConnection;
 use redis::{Cmd, RedisError, Value};
 use tokio::sync::Notify;
-use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
+use super::condition;
 use super::failure::{self, Remedy, explain, remedy};
 use super::greeting::{self, Peer, Refusal};
-use super::request::Share;
+use super::options::RedisOptions;
+use super::pace::{Pace, Patience};
+use super::request::{self, Share};
 use super::script::{Call, Scripts};
+use super::server::{Server, Wire};
 use super::subscribers::Subscribers;
 use super::together::{Together, Trip};
 use crate::error::{Error, ErrorKind, Result};
-use crate::protocol::Backoff;
+use crate::types::Partition;
 
 /// So many calls in a row that nobody waited out, without any answer, end a connection ...
 const STALLED_CALLS: u32 = 3;
@@ -41,9 +44,8 @@ const STALLED_FOR: Duration = Duration::from_millis(100);
 
 /// A connection that is replaced when it breaks or stalls.
 pub(super) struct Link {
-    client: redis::Client,
-    partitions: u16,
-    patience: Duration,
+    server: Arc<Server>,
+    options: RedisOptions,
     scripts: Scripts,
     subscribers: Arc<Subscribers>,
     together: Together,
@@ -64,35 +66,35 @@ pub(super) struct Answer {
 
 /// What the one who connects has to know.
 struct Turn {
-    not_before: Instant,
+    pace: Pace,
     previous: Option<Peer>,
 }
 
 /// A connection in use.
 struct Live {
-    connection: MultiplexedConnection,
+    wire: Wire,
     retired: CancellationToken,
     abandoned: AtomicU32,
+    opened_at: Instant,
     answered_at: Mutex<Instant>,
 }
 
 impl Link {
     pub(super) fn new(
-        client: redis::Client,
-        partitions: u16,
-        patience: Duration,
+        server: Arc<Server>,
+        options: RedisOptions,
         scripts: Scripts,
         subscribers: Arc<Subscribers>,
     ) -> Self {
+        let pace = Pace::new(options.reconnect_for);
         Self {
-            client,
-            partitions,
-            patience,
+            server,
+            options,
             scripts,
             subscribers,
             together: Together::default(),
             current: Mutex::new(None),
-            turn: tokio::sync::Mutex::new(Turn { not_before: Instant::now(), previous: None }),
+            turn: tokio::sync::Mutex::new(Turn { pace, previous: None }),
             last_error: Mutex::new(None),
             changed: Notify::new(),
         }
@@ -168,13 +170,29 @@ impl Link {
         self.send(operation, Cow::Owned(command), || None).await.map(|answer| answer.value)
     }
 
+    /// For how long the server keeps quiet, if it does.
+    pub(super) async fn quiet_for(&self, partition: Partition) -> Option<Duration> {
+        let counter = request::counter(partition);
+        let (mut word, mut left) = (redis::cmd("GET"), redis::cmd("PTTL"));
+        word.arg(&counter);
+        left.arg(&counter);
+        match self.command("inspect", word).await.ok()? {
+            Value::BulkString(word) if word == condition::QUIET.as_bytes() => {}
+            _ => return None,
+        }
+        match self.command("inspect", left).await.ok()? {
+            Value::Int(ms) => u64::try_from(ms).ok().map(Duration::from_millis),
+            _ => None,
+        }
+    }
+
     async fn send(
         &self,
         operation: &'static str,
         mut command: Cow<'_, Cmd>,
         text: impl Fn() -> Option<Cmd>,
     ) -> Result<Answer> {
-        let mut patience = Patience::new(self.patience);
+        let mut patience = self.patience();
         let mut repeated = false;
         loop {
             let live = self.live(operation, &mut patience).await?;
@@ -193,6 +211,10 @@ impl Link {
                 Remedy::Reconnect => {
                     live.retired.cancel();
                     repeated = true;
+                    if !error.is_io_error() {
+                        // Who runs out of time before the next connection is told this.
+                        *lock(&self.last_error) = Some(error.clone());
+                    }
                 }
                 Remedy::Wait => {}
                 Remedy::GiveUp => return Err(explain(operation, error)),
@@ -205,10 +227,10 @@ impl Link {
 
     /// Hears the channel from now on, now and on every later connection.
     pub(super) async fn subscribe(&self, channel: &str) -> Result<()> {
-        let mut patience = Patience::new(self.patience);
+        let mut patience = self.patience();
         loop {
             let live = self.live("subscribe", &mut patience).await?;
-            let mut connection = live.connection.clone();
+            let mut connection = live.wire.connection.clone();
             let Err(error) = live.answer(connection.subscribe(channel)).await else {
                 self.changed.notify_one();
                 return Ok(());
@@ -237,7 +259,7 @@ impl Link {
                 Some(live) => {
                     for channel in self.subscribers.take_left() {
                         // A push to nobody is harmless; the next connection asks for none.
-                        let mut connection = live.connection.clone();
+                        let mut connection = live.wire.connection.clone();
                         let _ = live.answer(connection.unsubscribe(channel)).await;
                     }
                     tokio::select! {
@@ -247,14 +269,18 @@ impl Link {
                 }
                 None if self.subscribers.channels().is_empty() => self.changed.notified().await,
                 None => {
-                    let mut patience = Patience::new(self.patience);
+                    let mut patience = self.patience();
                     if let Err(error) = self.live("reconnect", &mut patience).await {
                         tracing::debug!(%error, "the lock service is out of reach");
-                        sleep(self.patience).await;
+                        sleep(self.options.reconnect_for).await;
                     }
                 }
             }
         }
+    }
+
+    fn patience(&self) -> Patience {
+        Patience::new(self.options.reconnect_for)
     }
 
     fn current(&self) -> Option<Arc<Live>> {
@@ -294,24 +320,23 @@ impl Link {
         if let Some(live) = self.current() {
             return Ok(live);
         }
-        sleep_until(turn.not_before).await;
-        // Set before the attempt, which may be dropped at any await.
-        turn.not_before = Instant::now() + Duration::from_millis(fastrand::u64(10..40));
+        let served = lock(&self.current).take().is_some_and(|live| live.has_answered());
+        turn.pace.next(served).await;
         let retired = CancellationToken::new();
-        let mut connection =
-            greeting::open(&self.client, &self.subscribers, retired.clone()).await?;
-        let peer =
-            greeting::greet(&mut connection, self.partitions, turn.previous.as_ref()).await?;
-        turn.previous = peer;
+        let mut wire = self.server.open(Some(&self.subscribers), retired.clone()).await?;
+        let connection = &mut wire.connection;
+        turn.previous = greeting::greet(connection, &self.options, turn.previous.as_ref()).await?;
         let channels = self.subscribers.channels();
         if !channels.is_empty() {
             connection.subscribe(channels).await?;
         }
+        let opened_at = Instant::now();
         let live = Arc::new(Live {
-            connection,
+            wire,
             retired,
             abandoned: AtomicU32::new(0),
-            answered_at: Mutex::new(Instant::now()),
+            opened_at,
+            answered_at: Mutex::new(opened_at),
         });
         *lock(&self.current) = Some(Arc::clone(&live));
         *lock(&self.last_error) = None;
@@ -329,7 +354,7 @@ impl fmt::Debug for Link {
 
 impl Live {
     async fn send(&self, command: &Cmd) -> Result<Value, RedisError> {
-        let mut connection = self.connection.clone();
+        let mut connection = self.wire.connection.clone();
         self.answer(greeting::ask(&mut connection, command)).await
     }
 
@@ -346,8 +371,13 @@ impl Live {
                 Err(lost_connection())
             }
         };
-        call.answered = true;
+        call.answered = !matches!(&answer, Err(error) if remedy(error) == Remedy::Reconnect);
         answer
+    }
+
+    /// Whether it has been of use to anybody.
+    fn has_answered(&self) -> bool {
+        *lock(&self.answered_at) > self.opened_at
     }
 }
 
@@ -368,42 +398,6 @@ impl Drop for OnItsWay<'_> {
         {
             retired.cancel();
         }
-    }
-}
-
-/// How long one call bears with a server that is out of reach or out of sorts.
-struct Patience {
-    since: Option<Instant>,
-    attempt: u32,
-    backoff: Backoff,
-}
-
-impl Patience {
-    fn new(limit: Duration) -> Self {
-        let backoff = Backoff {
-            first: Duration::from_millis(5),
-            max: Duration::from_millis(200),
-            max_elapsed: limit,
-            ..Backoff::default()
-        };
-        Self { since: None, attempt: 0, backoff }
-    }
-
-    /// The time that is left; it begins to run with the first trouble.
-    fn left(&mut self) -> Duration {
-        let since = *self.since.get_or_insert_with(Instant::now);
-        self.backoff.max_elapsed.saturating_sub(since.elapsed())
-    }
-
-    /// Waits before the next attempt. False when there is no time for one.
-    async fn pause(&mut self) -> bool {
-        let elapsed = self.backoff.max_elapsed.saturating_sub(self.left());
-        let Some(delay) = self.backoff.delay(self.attempt, fastrand::f64(), elapsed) else {
-            return false;
-        };
-        self.attempt += 1;
-        sleep(delay).await;
-        true
     }
 }
 

@@ -6,7 +6,9 @@
 //!
 //! # What is stored
 //! All names begin with `palisade:{p}:`, where the partition `p` is a hash tag. An *id* is owner
-//! and request, 48 hexadecimal digits.
+//! and request, 48 hexadecimal digits. Beside them: `palisade:partitions`, how many there are;
+//! `palisade:life`, the run of the server that was seen last, where there is a guard against
+//! forgotten locks; `palisade:replicated`, what is written to see replicas follow.
 //!
 //! | key | type | what |
 //! |---|---|---|
@@ -19,6 +21,9 @@
 //! | `e` | sorted set | until when each waiter lives |
 //! | `x:<id>` | string | tombstone of a cancelled request |
 //! | `m:<id>` | string | metadata, where some was given |
+//!
+//! While nothing is to be granted, `t` is the word `quiet` and has a TTL: no script takes that for
+//! a counter, and none changes it.
 //!
 //! A head has one of four forms: `-x<id>:<token>` is one entry (`s` if shared, upper case with
 //! metadata) whose lease is the TTL of the head; `=<owner>:<token>;x<request>:<deadline>;…` has
@@ -63,21 +68,29 @@
 //!   command in the old one's buffers is not run after its copy. Behind a unix socket, where
 //!   connections cannot be told apart, such a copy may hold a released lock for one more lease.
 
+mod condition;
 mod failure;
 mod greeting;
 mod link;
+mod options;
+mod pace;
+mod replicas;
 mod reply;
 mod request;
 mod script;
+mod server;
 mod subscribers;
+#[cfg(feature = "redis-tls")]
+mod tls;
+#[cfg(not(feature = "redis-tls"))]
+#[path = "no_tls.rs"]
+mod tls;
 mod together;
 
 use std::fmt;
 use std::sync::Arc;
-use std::time::Duration;
 
 use async_trait::async_trait;
-use redis::IntoConnectionInfo as _;
 use tokio::task::JoinHandle;
 
 use super::{Capabilities, LockBackend, Probe, Sink};
@@ -86,44 +99,29 @@ use crate::protocol::{Acquire, Acquired, Inspection, Part, Released, Renewal, Re
 use crate::types::{ClientId, Partition, ResourceKey};
 
 use link::Link;
+use replicas::Replicas;
 use request::Share;
 use script::Scripts;
+use server::Server;
 use subscribers::Subscribers;
 
-/// How [`RedisBackend`] uses its server.
-///
-/// ```
-/// use palisade::backend::RedisOptions;
-/// use std::time::Duration;
-///
-/// let patient = RedisOptions { reconnect_for: Duration::from_secs(3), ..RedisOptions::default() };
-/// assert_eq!(patient.partitions, 1);
-/// ```
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct RedisOptions {
-    /// How many partitions the keys are spread over: 1 unless the server belongs to a cluster. With
-    /// one, any set of keys is decided in one step. The first client stores the number at the
-    /// server, and clients with another number are refused.
-    pub partitions: u16,
-    /// How long a call bears with a server that cannot be reached, or that is in a state which may
-    /// pass (loading, busy with a script, a replica), before it fails with
-    /// [`Unavailable`](ErrorKind::Unavailable). A call that was sent and is not answered waits for
-    /// as long as its caller does.
-    pub reconnect_for: Duration,
-}
-
-impl Default for RedisOptions {
-    /// One partition, and one second.
-    fn default() -> Self {
-        Self { partitions: 1, reconnect_for: Duration::from_secs(1) }
-    }
-}
+pub use options::{ClientCertificate, MinReplicas, RedisOptions, TlsOptions};
 
 /// Locks in one Redis server, version 7.0 or later.
 ///
 /// All calls and all pushes share one connection (RESP3), which is replaced when it breaks or
 /// stalls. The server should run with the policy `noeviction`: any other may drop locks when memory
-/// is full.
+/// is full, and is warned of where it is seen.
+///
+/// # What its user must be allowed
+///
+/// ```text
+/// ACL SETUSER locks on >password ~palisade:* &palisade:c:*
+///     +@read +@write +@scripting +@pubsub +@connection -@dangerous +time +info +client|kill
+/// ```
+///
+/// Without `+info` it works too, and is told neither of an old version nor of the policy; without
+/// `+client|kill`, a command in the buffers of a lost connection may still run later.
 ///
 /// ```no_run
 /// use palisade::backend::{LockBackend, RedisBackend, RedisOptions};
@@ -137,15 +135,17 @@ impl Default for RedisOptions {
 pub struct RedisBackend {
     partitions: u16,
     link: Arc<Link>,
+    replicas: Option<Arc<Replicas>>,
     subscribers: Arc<Subscribers>,
-    keeper: JoinHandle<((), ())>,
+    keeper: JoinHandle<()>,
 }
 
 impl RedisBackend {
     /// Connects to a server.
     ///
-    /// `url` is `redis://[user:password@]host[:port][/database]`, or a socket as
-    /// `redis+unix:///path?db=0&user=…&pass=…` (or `unix:`). TLS (`rediss:`) is not supported yet.
+    /// `url` is `redis://[user:password@]host[:port][/database]`, the same with `rediss:` for TLS
+    /// (feature `redis-tls`), or a socket as `redis+unix:///path?db=0&user=…&pass=…` (or `unix:`).
+    /// What is special in a URL has to be percent-encoded in a password.
     ///
     /// # Errors
     /// - [`InvalidInput`](ErrorKind::InvalidInput): the URL or an option is wrong, before any I/O;
@@ -174,18 +174,16 @@ impl RedisBackend {
     }
 
     async fn with_scripts(url: &str, options: RedisOptions, scripts: Scripts) -> Result<Self> {
-        let RedisOptions { partitions, reconnect_for } = options;
-        if partitions == 0 || reconnect_for.is_zero() {
-            return Err(invalid("at least one partition and some time to connect are needed"));
-        }
-        let client = client(url)?;
+        options.check()?;
+        let RedisOptions { partitions, reconnect_for, min_replicas, .. } = options;
+        let server = Arc::new(Server::parse(url, options.tls.as_ref())?);
+        let replicas = min_replicas
+            .map(|min| Arc::new(Replicas::new(Arc::clone(&server), min, reconnect_for)));
         let subscribers = Arc::new(Subscribers::default());
-        let link = Link::new(client, partitions, reconnect_for, scripts, Arc::clone(&subscribers));
-        let link = Arc::new(link);
+        let link = Arc::new(Link::new(server, options, scripts, Arc::clone(&subscribers)));
         link.command("connect", redis::cmd("PING")).await?;
-        let (kept, carried) = (Arc::clone(&link), Arc::clone(&link));
-        let keeper = tokio::spawn(async move { tokio::join!(kept.keep(), carried.carry()) });
-        Ok(Self { partitions, link, subscribers, keeper })
+        let keeper = tokio::spawn(keep(Arc::clone(&link), replicas.clone()));
+        Ok(Self { partitions, link, replicas, subscribers, keeper })
     }
 
     fn check(&self, operation: &'static str, partition: Partition) -> Result<()> {
@@ -194,6 +192,41 @@ impl RedisBackend {
         }
         let detail = format!("there is no partition {partition}");
         Err(Error::new(ErrorKind::InvalidInput, operation, detail))
+    }
+
+    /// What was granted, enough replicas know of; or it is given up.
+    async fn known(&self, operation: &'static str, granted: &[&Part]) -> Result<()> {
+        let Some(replicas) = &self.replicas else { return Ok(()) };
+        let known = replicas.know(operation).await;
+        if known.is_err() {
+            for part in granted {
+                // What cannot be released now is settled by whoever asked, or expires.
+                let _ = self.release(part).await;
+            }
+        }
+        known
+    }
+
+    /// The same for those who stood in line: they lose what too few replicas know of.
+    async fn give_up_unknown(&self, renewals: &[Renewal], renewed: &mut [Renewed]) {
+        let mut answers: Vec<_> = renewals.iter().zip(renewed).collect();
+        answers.retain(|(of, to)| of.waiting && matches!(to, Renewed::Held(Some(_))));
+        let granted: Vec<_> = answers.iter().map(|(of, _)| &of.part).collect();
+        if !granted.is_empty() && self.known("renew", &granted).await.is_err() {
+            answers.into_iter().for_each(|(_, answer)| *answer = Renewed::Lost);
+        }
+    }
+
+    /// Names the reason where the token counter is none because the server keeps quiet.
+    async fn unless_quiet<T>(&self, part: &Part, answer: Result<T>) -> Result<T> {
+        match answer {
+            Err(error) if error.kind() == ErrorKind::Corrupt && error.key().is_none() => {
+                let operation = error.operation();
+                let left = self.link.quiet_for(part.partition).await;
+                Err(left.map_or(error, |left| condition::quiet(operation, left)))
+            }
+            answer => answer,
+        }
     }
 }
 
@@ -219,6 +252,10 @@ impl LockBackend for RedisBackend {
     }
 
     async fn subscribe(&self, client: ClientId, sink: Sink) -> Result<()> {
+        let sink = match &self.replicas {
+            Some(replicas) => Arc::clone(replicas).hold_back(sink),
+            None => sink,
+        };
         let channel = self.subscribers.add(client, sink);
         let subscribed = self.link.subscribe(&channel).await;
         if subscribed.is_err() {
@@ -236,7 +273,19 @@ impl LockBackend for RedisBackend {
         self.check("acquire", ask.part.partition)?;
         let (share, alone) = (|| Share::acquire(ask), || request::acquire(ask));
         let answer = self.link.share("acquire", share, alone).await?;
-        reply::acquired(&answer.value, &ask.part)
+        let acquired = reply::acquired(&answer.value, &ask.part);
+        let acquired = match self.unless_quiet(&ask.part, acquired).await {
+            // What kept the server quiet may have expired meanwhile.
+            Err(error) if error.kind() == ErrorKind::Corrupt && error.key().is_none() => {
+                let answer = self.link.call("acquire", &request::acquire(ask)).await?;
+                reply::acquired(&answer, &ask.part)?
+            }
+            acquired => acquired?,
+        };
+        if matches!(acquired, Acquired::Granted(_)) {
+            self.known("acquire", &[&ask.part]).await?;
+        }
+        Ok(acquired)
     }
 
     async fn renew(&self, partition: Partition, renewals: &[Renewal]) -> Result<Vec<Renewed>> {
@@ -246,6 +295,9 @@ impl LockBackend for RedisBackend {
             let answer = self.link.call("renew", &call).await?;
             renewed.extend(reply::renewed(&answer, of)?);
         }
+        if self.replicas.is_some() {
+            self.give_up_unknown(renewals, &mut renewed).await;
+        }
         Ok(renewed)
     }
 
@@ -253,7 +305,8 @@ impl LockBackend for RedisBackend {
         self.check("release", part.partition)?;
         let (share, alone) = (|| Some(Share::release(part)), || request::release(part));
         let answer = self.link.share("release", share, alone).await?;
-        match reply::released(&answer.value)? {
+        let released = reply::released(&answer.value);
+        match self.unless_quiet(part, released).await? {
             Released::Gone if answer.repeated => Err(failure::first_copy()),
             released => Ok(released),
         }
@@ -281,24 +334,12 @@ impl LockBackend for RedisBackend {
     }
 }
 
-/// A client for the URL, which is not shown in an error: it may hold a password.
-fn client(url: &str) -> Result<redis::Client> {
-    let scheme = url.split(':').next().unwrap_or_default();
-    if matches!(scheme, "rediss" | "valkeys") {
-        return Err(invalid("TLS is not supported yet; use redis:// on a private network"));
-    }
-    let info = url.into_connection_info().map_err(|_| {
-        invalid(
-            "the URL is not of the form redis://[user:password@]host[:port][/database] or \
-             redis+unix:///path?db=0; it is not repeated here, since it may hold a password",
-        )
-    })?;
-    let settings = info.redis_settings().clone().set_protocol(redis::ProtocolVersion::RESP3);
-    let tcp = info.tcp_settings().clone().set_nodelay(true);
-    let info = info.set_redis_settings(settings).set_tcp_settings(tcp);
-    redis::Client::open(info).map_err(|error| failure::explain("connect", error))
-}
-
-fn invalid(detail: &str) -> Error {
-    Error::new(ErrorKind::InvalidInput, "connect", detail)
+/// What goes on beside all calls. Runs until it is dropped.
+async fn keep(link: Arc<Link>, replicas: Option<Arc<Replicas>>) {
+    let pass_on = async {
+        if let Some(replicas) = replicas {
+            replicas.pass_on().await;
+        }
+    };
+    tokio::join!(Arc::clone(&link).keep(), link.carry(), pass_on);
 }

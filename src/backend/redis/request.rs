@@ -189,6 +189,11 @@ pub(super) fn channel(client: ClientId) -> String {
     format!("palisade:c:{client}")
 }
 
+/// The token counter of a partition.
+pub(super) fn counter(partition: Partition) -> String {
+    format!("{}t", prefix(partition))
+}
+
 /// The resource key that a Redis key is about, if it is about one.
 pub(super) fn resource(redis_key: &str) -> Option<ResourceKey> {
     let (_, rest) = redis_key.strip_prefix("palisade:{")?.split_once("}:")?;

@@ -9,7 +9,10 @@
 //! servers are forked by one thread which lives as long as the process, and may be started from any
 //! thread or task.
 
+mod certificates;
+mod clock;
 mod directory;
+mod events;
 mod port;
 mod postgres;
 mod process;
@@ -21,11 +24,14 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
 
+pub use certificates::Certificates;
+pub use clock::ServerClock;
 pub use directory::Directory;
+pub use events::Events;
 pub use postgres::PostgresServer;
 pub use process::{children, is_alive};
 pub use proxy::{Fault, Harm, Point, Proxy, Rates, Side};
-pub use redis::RedisServer;
+pub use redis::{NEXT_PORT, RedisServer};
 
 /// Where cargo puts the example `name`, seen from a test.
 pub fn program(name: &str) -> PathBuf {

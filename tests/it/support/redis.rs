@@ -5,6 +5,7 @@ use std::net::{Ipv4Addr, TcpStream};
 use std::sync::Mutex;
 use std::time::Duration;
 
+use super::clock::ServerClock;
 use super::directory::Directory;
 use super::port::free_port;
 use super::process::{self, Process, find_program, poll};
@@ -19,9 +20,13 @@ pub struct RedisServer {
     process: Mutex<Option<Process>>,
     port: u16,
     args: Vec<String>,
+    clock: Option<Box<ServerClock>>,
     password: Option<String>,
     directory: Directory,
 }
+
+/// An argument that stands for the port after that of the server.
+pub const NEXT_PORT: &str = "the next port";
 
 impl RedisServer {
     /// A server as Debian configures it, without persistence.
@@ -32,11 +37,21 @@ impl RedisServer {
     /// The same with further arguments, such as `&["--maxmemory", "2mb"]`. With `--requirepass` the
     /// password becomes part of [`url`](Self::url).
     pub fn start_with(args: &[&str]) -> Self {
+        Self::start_by(args, None)
+    }
+
+    /// A server whose clock a test can set.
+    pub fn start_with_clock(clock: ServerClock) -> Self {
+        Self::start_by(&[], Some(clock))
+    }
+
+    fn start_by(args: &[&str], clock: Option<ServerClock>) -> Self {
         let password = args.windows(2).find(|pair| pair[0] == "--requirepass");
         let mut server = Self {
             process: Mutex::new(None),
             port: 0,
             args: args.iter().map(ToString::to_string).collect(),
+            clock: clock.map(Box::new),
             password: password.map(|pair| pair[1].to_owned()),
             directory: Directory::new(),
         };
@@ -60,6 +75,16 @@ impl RedisServer {
     /// The port on 127.0.0.1.
     pub fn port(&self) -> u16 {
         self.port
+    }
+
+    /// The port after that, where the arguments name [`NEXT_PORT`].
+    pub fn next_port(&self) -> u16 {
+        self.port + 1
+    }
+
+    /// The clock that it was started with.
+    pub fn clock(&self) -> &ServerClock {
+        self.clock.as_deref().expect("the server was started with a clock")
     }
 
     /// The id of the server process.
@@ -114,8 +139,14 @@ impl RedisServer {
         command
             .args(["--port", &self.port.to_string(), "--bind", "127.0.0.1", "--save", ""])
             .args(["--appendonly", "no", "--dir"])
-            .arg(self.directory.path())
-            .args(&self.args);
+            .arg(self.directory.path());
+        for arg in &self.args {
+            let next = (arg == NEXT_PORT).then(|| self.next_port().to_string());
+            command.arg(next.unwrap_or_else(|| arg.clone()));
+        }
+        if let Some(clock) = &self.clock {
+            command.envs(clock.environment());
+        }
         let started = Process::start(command, &self.directory.path().join("redis.log"));
         poll("redis-server answers", || self.readiness(&started))?;
         *self.process.lock().unwrap() = Some(started);
