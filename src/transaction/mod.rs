@@ -21,6 +21,7 @@ use crate::lock::{Locks, Statistics};
 use crate::protocol::Backoff;
 use crate::store::Store;
 
+use fallback::Switch;
 use keeper::Keeper;
 
 pub use begin::TransactionRequest;
@@ -45,6 +46,7 @@ struct Shared {
     wait: Duration,
     retry: Backoff,
     fallback: Fallback,
+    switch: Switch,
     keeper: Arc<Keeper>,
     tasks: TaskTracker,
     runtime: Handle,
@@ -187,6 +189,7 @@ impl CoordinatorBuilder {
             wait,
             retry,
             fallback,
+            switch: Switch::default(),
             keeper,
             tasks,
             runtime,

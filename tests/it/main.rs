@@ -11,6 +11,7 @@
 )]
 
 mod cancel;
+mod degraded;
 mod examples;
 mod fault_matrix;
 mod hazards;
@@ -33,6 +34,7 @@ mod redis_outage;
 mod redis_states;
 mod redis_together;
 mod servers;
+mod store_fence_rows;
 mod store_fences;
 mod store_postgres;
 mod store_postgres_facts;

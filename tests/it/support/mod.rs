@@ -9,6 +9,7 @@
 //! servers are forked by one thread which lives as long as the process, and may be started from any
 //! thread or task.
 
+mod cuttable;
 mod directory;
 mod port;
 mod postgres;
@@ -21,6 +22,7 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
 
+pub use cuttable::Cuttable;
 pub use directory::Directory;
 pub use postgres::PostgresServer;
 pub use process::{children, is_alive};
