@@ -37,7 +37,7 @@ const GROUPS: &[Group] = &[
     (&["local_handover_ratio"], handover::run_local),
     (&["idle_commands"], leases::run_idle),
     (&["renew_commands_per_s", "renew_lost", "renew_cpu_us", "lease_bytes"], leases::run_renewal),
-    (&["pg_transfer_ratio", "pg_plain_ratio"], transfer::run),
+    (&["pg_transfer_ratio", "pg_plain_ratio", "store_fence_ratio"], transfer::run),
 ];
 
 /// Measures what palisade costs and prints a table.
