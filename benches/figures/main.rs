@@ -40,7 +40,7 @@ const GROUPS: &[Group] = &[
     (&["renew_commands_per_s", "renew_lost", "renew_cpu_us", "lease_bytes"], leases::run_renewal),
     (&["breaker_call_ns"], outage::run_bookkeeping),
     (&["fail_fast_us", "back_after_ms"], outage::run),
-    (&["pg_transfer_ratio", "pg_plain_ratio"], transfer::run),
+    (&["pg_transfer_ratio", "pg_plain_ratio", "store_fence_ratio"], transfer::run),
 ];
 
 /// Measures what palisade costs and prints a table.

@@ -1,12 +1,13 @@
 //! Money from one account to another, in PostgreSQL.
 //!
 //! Three ways with the same statements and the same pool: ours; the same by hand, with the bare
-//! lock scripts and a fence of one statement; and row locks alone, without any lock service.
+//! lock scripts and a fence of one statement; and row locks alone, without any lock service. And
+//! where the lock service is away: ours on the fence rows, and a fence of one statement by hand.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use palisade::{Coordinator, SqlStore};
+use palisade::{Coordinator, Fallback, LockOptions, Locks, SqlStore};
 use sqlx::postgres::PgPoolOptions;
 use sqlx::{PgPool, Postgres};
 use tokio::time::sleep;
@@ -14,7 +15,7 @@ use tokio::time::sleep;
 use crate::bare::BareLocks;
 use crate::pairs::{Pairs, alternate};
 use crate::report::{Figure, Goal};
-use crate::support::{PostgresServer, RedisServer};
+use crate::support::{Cuttable, PostgresServer, RedisServer};
 use crate::window::{Window, steady};
 use crate::{Bench, multi_thread};
 
@@ -26,6 +27,7 @@ const OPENING: i64 = 1_000_000;
 
 const TABLES: &str = include_str!("sql/tables.sql");
 const FENCE: &str = include_str!("sql/fence.sql");
+const STORE_FENCE: &str = include_str!("sql/store_fence.sql");
 const OPEN: &str = "INSERT INTO account SELECT 'account:' || n, $2 \
                     FROM generate_series(0, $1 - 1) AS n ON CONFLICT DO NOTHING";
 const READ: &str = "SELECT id, balance FROM account WHERE id = ANY ($1) ORDER BY id";
@@ -37,7 +39,7 @@ const SUM: &str = "SELECT sum(balance)::bigint FROM account";
 pub fn run(bench: &mut Bench) {
     let (redis, postgres) = (RedisServer::start(), PostgresServer::start());
     let window = bench.window(250, 1_200);
-    let (mut transfers, mut plains) = (Vec::new(), Vec::new());
+    let (mut transfers, mut plains, mut degraded) = (Vec::new(), Vec::new(), Vec::new());
     multi_thread().block_on(async {
         for tasks in TASKS {
             bench.report.measuring(format!("transfers: {tasks} tasks"));
@@ -47,6 +49,9 @@ pub fn run(bench: &mut Bench) {
             let plain = async || repeat(&bank, &redis, window, tasks, plain).await;
             transfers.push((tasks, alternate(ours, by_hand).await));
             plains.push((tasks, alternate(ours, plain).await));
+            let on_rows = async || repeat(&bank, &redis, window, tasks, on_rows).await;
+            let rows_by_hand = async || repeat(&bank, &redis, window, tasks, rows_by_hand).await;
+            degraded.push((tasks, alternate(on_rows, rows_by_hand).await));
             bank.close().await;
         }
     });
@@ -64,6 +69,7 @@ pub fn run(bench: &mut Bench) {
     };
     bench.report.add(transfers.iter().map(figure("pg_transfer_ratio", 0.9)));
     bench.report.add(plains.iter().map(figure("pg_plain_ratio", 0.6)));
+    bench.report.add(degraded.iter().map(figure("store_fence_ratio", 0.9)));
 }
 
 /// What the database was told, and what every way was given.
@@ -83,6 +89,8 @@ struct Bank {
     pool: PgPool,
     store: SqlStore<Postgres>,
     coordinator: Coordinator,
+    /// Its lock service is out of reach.
+    degraded: Coordinator,
     bare: BareLocks,
 }
 
@@ -98,8 +106,13 @@ impl Bank {
         opening.execute(&pool).await.expect("the accounts");
         let locks = palisade::connect(&redis.url()).await.expect("a lock service");
         let coordinator = Coordinator::builder(locks).store(&store).build();
+        let away = Cuttable::new(Arc::default());
+        away.cut(true);
+        let away = Locks::with_options(away, LockOptions::default()).await.expect("a service");
+        let fallback = Fallback::StoreFence;
+        let degraded = Coordinator::builder(away).store(&store).fallback(fallback).build();
         let bare = BareLocks::connect(&redis.url()).await;
-        Arc::new(Self { pool, store, coordinator, bare })
+        Arc::new(Self { pool, store, coordinator, degraded, bare })
     }
 
     /// No transfer makes money or loses any.
@@ -154,6 +167,23 @@ async fn by_hand(bank: Arc<Bank>, keys: Keys) {
     transfer!(&mut *tx, READ, keys);
     tx.commit().await.expect("it is committed");
     bank.bare.release(&keys, grant).await;
+}
+
+/// Without a lock service: the fence rows are the locks.
+async fn on_rows(bank: Arc<Bank>, keys: Keys) {
+    let request = bank.degraded.transaction(&keys).stores([&bank.store]);
+    let tx = request.begin().await.expect("the rows");
+    let db = tx.enlist(&bank.store).await.expect("a branch");
+    transfer!(&db, READ, keys);
+    tx.commit().await.expect("it is committed");
+}
+
+async fn rows_by_hand(bank: Arc<Bank>, keys: Keys) {
+    let mut tx = bank.pool.begin().await.expect("a transaction");
+    let fence = sqlx::query(STORE_FENCE).bind(&keys[..]).fetch_all(&mut *tx).await;
+    assert_eq!(fence.expect("the tokens").len(), 2, "the rows are taken");
+    transfer!(&mut *tx, READ, keys);
+    tx.commit().await.expect("it is committed");
 }
 
 async fn plain(bank: Arc<Bank>, keys: Keys) {

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use palisade::{Coordinator, Locks, SqlStore, Tx};
+use palisade::{Coordinator, Locks, SqlStore, TransactionRequest, Tx};
 use sqlx::postgres::{PgPoolOptions, Postgres};
 use sqlx::sqlite::{Sqlite, SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions};
 
@@ -82,7 +82,13 @@ impl Bank {
     /// A coordinator of transactions over this bank.
     pub fn coordinator(&self, locks: Locks, options: &Options) -> Coordinator {
         let builder = Coordinator::builder(locks).lease(options.lease());
+        let builder = builder.fallback(options.fallback.fallback());
         either!(self, store => builder.store(store)).build()
+    }
+
+    /// The same transaction, with a branch in this bank from the start.
+    pub fn declare(&self, request: TransactionRequest) -> TransactionRequest {
+        either!(self, store => request.stores([store]))
     }
 
     /// Makes the tables anew, with these accounts.

@@ -13,6 +13,8 @@ use crate::servers::Redis;
 pub struct Chaos {
     random: fastrand::Rng,
     lease: Duration,
+    /// Redis is away for half of the time, and not only for a moment now and then.
+    outages: bool,
     next: Instant,
     turn: usize,
     /// What must be put right, and when.
@@ -24,6 +26,8 @@ pub struct Chaos {
 enum Repair {
     Continue(usize),
     StartRedis,
+    /// The next outage begins, as long as the time since the last one.
+    KillRedis,
 }
 
 /// How often what was done.
@@ -35,10 +39,11 @@ pub struct Counts {
 }
 
 impl Chaos {
-    pub fn new(seed: u64, lease: Duration) -> Self {
+    pub fn new(seed: u64, lease: Duration, outages: bool) -> Self {
         let random = fastrand::Rng::with_seed(seed);
         let next = Instant::now() + lease / 2;
-        Self { random, lease, next, turn: 0, due: Vec::new(), counts: Counts::default() }
+        let due = if outages { vec![(next, Repair::KillRedis)] } else { Vec::new() };
+        Self { random, lease, outages, next, turn: 0, due, counts: Counts::default() }
     }
 
     pub fn counts(&self) -> Counts {
@@ -60,8 +65,18 @@ impl Chaos {
         for (_, repair) in repairs {
             match (repair, redis.as_deref_mut()) {
                 (Repair::Continue(number), _) => crew.signal(number, "CONT")?,
-                (Repair::StartRedis, Some(redis)) => redis.start()?,
-                (Repair::StartRedis, None) => {}
+                (Repair::StartRedis, Some(redis)) => {
+                    redis.start()?;
+                    if self.outages {
+                        self.due.push((now + self.lease * 3 / 2, Repair::KillRedis));
+                    }
+                }
+                (Repair::KillRedis, Some(redis)) => {
+                    redis.kill()?;
+                    self.counts.redis_killed += 1;
+                    self.due.push((now + self.lease * 3 / 2, Repair::StartRedis));
+                }
+                (Repair::StartRedis | Repair::KillRedis, None) => {}
             }
         }
         if now >= self.next {
@@ -76,6 +91,7 @@ impl Chaos {
         let now = Instant::now();
         let working = crew.working();
         let Some(victim) = self.random.choice(working) else { return Ok(()) };
+        let redis = redis.filter(|_| !self.outages);
         let kinds = if redis.is_some() { 3 } else { 2 };
         match (self.turn % kinds, redis) {
             (1, Some(redis)) => {

@@ -123,7 +123,8 @@ impl Crew {
     }
 
     fn process(&self, number: usize) -> Result<Member> {
-        let Options { locks, store, tasks, processes, limit, file, kill, .. } = &self.options;
+        let Options { locks, store, tasks, processes, limit, file, kill, fallback, .. } =
+            &self.options;
         let mut command = Command::new(std::env::current_exe()?);
         command
             .args(["--locks", locks, "--store", store])
@@ -132,6 +133,7 @@ impl Crew {
             .arg(file)
             .args(["--worker", &number.to_string()])
             .args(limit.iter().flat_map(|limit| ["--limit".to_owned(), limit.to_string()]))
+            .args(["--fallback", fallback.name()])
             .args(kill.then_some("--kill"))
             // Held open; its end tells the worker that this process is gone.
             .stdin(Stdio::piped())

@@ -6,12 +6,15 @@
 //! cargo run --release --example bank_transfer -- --processes 4
 //! cargo run --release --example bank_transfer -- \
 //!     --locks redis: --store postgres: --processes 4 --kill
+//! cargo run --release --example bank_transfer -- \
+//!     --locks redis: --store postgres: --processes 4 --kill --fallback store-fence
 //! ```
 //!
 //! The first needs nothing installed: the locks are in memory, the money is in a temporary SQLite
 //! file, and each commit is forced to its disk. The second shows processes that have nothing in
-//! common but that file: the fence alone keeps them apart. The last starts a Redis and a PostgreSQL
-//! of its own; with URLs it uses yours.
+//! common but that file: the fence alone keeps them apart. The third starts a Redis and a
+//! PostgreSQL of its own; with URLs it uses yours. In the last, Redis is away for half of the time,
+//! and the work goes on without it.
 //!
 //! `bank.rs` holds the transaction, `worker.rs` what is done about its errors; the rest is about
 //! watching, killing, and checking.
@@ -36,7 +39,7 @@ use bank::Bank;
 use chaos::Chaos;
 use crew::Crew;
 use input::{Books, Input};
-use options::Options;
+use options::{Options, Without};
 use report::Summary;
 use servers::Servers;
 
@@ -131,7 +134,8 @@ async fn watch(
     let mut chaos = options.kill.then(|| {
         let seed = options.seed.unwrap_or_else(|| fastrand::u64(..));
         println!("seed {seed}");
-        Chaos::new(seed, options.lease())
+        let outages = servers.redis.is_some() && options.fallback != Without::Fail;
+        Chaos::new(seed, options.lease(), outages)
     });
     loop {
         let strike = async {

@@ -3,7 +3,8 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::Parser;
+use clap::{Parser, ValueEnum};
+use palisade::{Fallback, LockOptions};
 
 /// Replays a file of transfers, each as a transaction over fenced locks, and checks the balances.
 #[derive(Clone, Debug, Parser)]
@@ -43,7 +44,12 @@ pub struct Options {
     ))]
     pub file: PathBuf,
 
-    /// Kills and stops workers while they work, and Redis if it is our own (restarted empty).
+    /// What a transfer does while the lock service is out of reach.
+    #[arg(long, value_enum, default_value_t = Without::Fail)]
+    pub fallback: Without,
+
+    /// Kills and stops workers while they work, and Redis if it is our own (restarted empty). With
+    /// a fallback, Redis stays away for half of the time.
     #[arg(long)]
     pub kill: bool,
 
@@ -56,7 +62,41 @@ pub struct Options {
     pub worker: Option<u32>,
 }
 
+/// What there is instead of the lock service.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Without {
+    /// Nothing: the transfer is tried again until the service is back.
+    Fail,
+    /// The fence rows are the locks.
+    StoreFence,
+}
+
+impl Without {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Fail => "fail",
+            Self::StoreFence => "store-fence",
+        }
+    }
+
+    pub fn fallback(self) -> Fallback {
+        match self {
+            Self::Fail => Fallback::Fail,
+            Self::StoreFence => Fallback::StoreFence,
+        }
+    }
+}
+
 impl Options {
+    /// Whoever has something else to turn to does not wait long for an answer.
+    pub fn locking(&self) -> LockOptions {
+        let mut options = LockOptions::default();
+        if self.fallback != Without::Fail {
+            options.call_timeout = Duration::from_millis(300);
+        }
+        options
+    }
+
     /// Short where holders are killed, because others wait for as long as their leases last.
     pub fn lease(&self) -> Duration {
         if self.kill { Duration::from_secs(1) } else { Duration::from_secs(10) }

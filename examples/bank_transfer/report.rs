@@ -17,7 +17,10 @@ pub struct Report {
     pub finished: Vec<Timing>,
     /// Attempts beyond the first.
     pub retries: u64,
-    /// Attempts that the store refused because it had seen a newer holder.
+    /// Transfers that were made without the lock service.
+    pub degraded: u64,
+    /// Attempts that the store refused because it had seen a newer holder, where the work saw it:
+    /// a branch that is there from the start is refused before.
     pub stale: u64,
     pub lost_leases: u64,
     /// What `run` gave up with, by kind of error, before another call of it succeeded.
@@ -50,6 +53,7 @@ impl Summary {
         let sum = &mut self.sum;
         sum.finished.extend(report.finished);
         sum.retries += report.retries;
+        sum.degraded += report.degraded;
         sum.stale += report.stale;
         sum.lost_leases += report.lost_leases;
         sum.in_doubt += report.in_doubt;
@@ -81,6 +85,7 @@ impl fmt::Display for Table<'_> {
         writeln!(f, "whole transfer     {}", times(|timing| timing.total_us))?;
         let errors: Vec<_> = sum.errors.iter().map(|(kind, n)| format!("{kind} {n}")).collect();
         writeln!(f, "retries            {} {}", sum.retries, errors.join(", "))?;
+        writeln!(f, "ran degraded       {}", sum.degraded)?;
         writeln!(f, "stale rejections   {}", sum.stale)?;
         writeln!(f, "lost leases        {}", sum.lost_leases)?;
         writeln!(f, "in doubt, settled  {}", sum.in_doubt)?;

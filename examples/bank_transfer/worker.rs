@@ -5,14 +5,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use palisade::{Coordinator, Error, ErrorKind, Locks};
+use palisade::{Coordinator, Error, ErrorKind, Locks, Tx};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, interval, sleep};
 
 use crate::Result;
 use crate::bank::{Applied, Bank};
 use crate::input::{Input, Transfer};
-use crate::options::Options;
+use crate::options::{Options, Without};
 use crate::report::{Report, Timing};
 
 const REPORT_EVERY: Duration = Duration::from_millis(100);
@@ -45,7 +45,7 @@ pub async fn work(
     report: impl Fn(Report) -> Result<()>,
 ) -> Result<()> {
     let bank = Bank::open(&options.store, options.tasks).await?;
-    let locks = connect(&options.locks).await?;
+    let locks = connect(options).await?;
     // What a predecessor has finished is only skipped to save time. A commit of it that is still
     // under way is not seen here; the transaction itself asks again, under the locks.
     let applied = bank.applied().await?;
@@ -54,6 +54,7 @@ pub async fn work(
     let worker = Arc::new(Worker {
         coordinator: bank.coordinator(locks.clone(), options),
         bank,
+        falls_back: options.fallback != Without::Fail,
         todo: Mutex::new(todo.into_iter().cloned().collect::<Vec<_>>().into_iter()),
         tally: Mutex::new(Report { done: done.len(), ..Report::default() }),
         lost_before: AtomicU64::new(0),
@@ -76,10 +77,10 @@ pub async fn work(
 }
 
 /// Connects, also to a server that is being restarted.
-async fn connect(url: &str) -> Result<Locks> {
+async fn connect(options: &Options) -> Result<Locks> {
     let started = Instant::now();
     loop {
-        match palisade::connect(url).await {
+        match palisade::connect_with(&options.locks, options.locking()).await {
             Err(error) if error.is_unavailable() && started.elapsed() < PATIENCE => {
                 sleep(PAUSE).await;
             }
@@ -88,9 +89,18 @@ async fn connect(url: &str) -> Result<Locks> {
     }
 }
 
+/// A transfer that is done.
+struct Done {
+    applied: Applied,
+    waited: Duration,
+    /// Without the lock service.
+    degraded: bool,
+}
+
 struct Worker {
     bank: Bank,
     coordinator: Coordinator,
+    falls_back: bool,
     todo: Mutex<std::vec::IntoIter<Transfer>>,
     tally: Mutex<Report>,
     lost_before: AtomicU64,
@@ -125,13 +135,14 @@ impl Worker {
         &self,
         transfer: &Transfer,
         asked: Instant,
-        answer: palisade::Result<(Applied, Duration)>,
+        answer: palisade::Result<Done>,
     ) -> palisade::Result<bool> {
         let mut tally = self.tally();
         match answer {
-            Ok((applied, waited)) => {
+            Ok(Done { applied, waited, degraded }) => {
                 tally.done += 1;
                 tally.found += u64::from(applied == Applied::Before);
+                tally.degraded += u64::from(degraded);
                 let [wait_us, total_us] = [waited, asked.elapsed()].map(micros);
                 tally.finished.push(Timing { id: transfer.id, wait_us, total_us });
                 Ok(true)
@@ -147,13 +158,9 @@ impl Worker {
     }
 
     /// One call of `run`, which may be several attempts: how it went, and the wait for its locks.
-    async fn attempt(
-        &self,
-        transfer: &Transfer,
-        asked: Instant,
-    ) -> palisade::Result<(Applied, Duration)> {
+    async fn attempt(&self, transfer: &Transfer, asked: Instant) -> palisade::Result<Done> {
         let attempts = AtomicU64::new(0);
-        let work = async |tx| {
+        let work = async |tx: Tx| {
             let waited = asked.elapsed();
             if attempts.fetch_add(1, Ordering::Relaxed) > 0 {
                 self.tally().retries += 1;
@@ -162,9 +169,14 @@ impl Worker {
             if matches!(&applied, Err(error) if error.kind() == ErrorKind::StaleToken) {
                 self.tally().stale += 1;
             }
-            Ok((applied?, waited))
+            Ok(Done { applied: applied?, waited, degraded: tx.is_degraded() })
         };
-        self.coordinator.run(transfer.keys(), work).await
+        let mut request = self.coordinator.transaction(transfer.keys());
+        if self.falls_back {
+            // Without the lock service, the store that is declared is where the locks are.
+            request = self.bank.declare(request);
+        }
+        request.run(work).await
     }
 
     fn next(&self) -> Option<Transfer> {

@@ -108,13 +108,14 @@ pub(crate) fn sqlstate(error: &sqlx::Error) -> Cow<'_, str> {
 
 fn kind_of_sqlstate(code: &str, ours: bool) -> ErrorKind {
     match code {
-        // 57P01: a newer holder of a key has ended the session, or an operator has. Whatever it had
-        // open is rolled back, so it may start over; a server that is down says so then.
-        "40001" | "40P01" | "55P03" | "57P01" => ErrorKind::Conflict,
+        // 57P01: a newer holder of a key has ended the session, or an operator has. 25P03: it was
+        // idle for a lease, because this process was stopped. Whatever it had open is rolled back,
+        // so it may start over; a server that is down says so then.
+        "40001" | "40P01" | "55P03" | "57P01" | "25P03" => ErrorKind::Conflict,
         "25P02" => ErrorKind::Aborted,
         "42501" => ErrorKind::Denied,
         "42P01" | "42703" if ours => ErrorKind::NotMigrated,
-        "25P03" | "53300" => ErrorKind::Unavailable,
+        "53300" => ErrorKind::Unavailable,
         _ if code.starts_with("28") => ErrorKind::Denied,
         _ if code.starts_with("08") || code.starts_with("57P") => ErrorKind::Unavailable,
         _ => ErrorKind::Store,
@@ -139,7 +140,8 @@ fn detail(kind: ErrorKind, error: &sqlx::Error) -> &'static str {
         }
         (_, sqlx::Error::PoolClosed) => "the pool was closed",
         (ErrorKind::Conflict, error) if lost_reply(error) => {
-            "the session was ended, by a newer holder of a key or by an operator"
+            "the session was ended: by a newer holder of a key, by an operator, or because this \
+             process was stopped for longer than its lease"
         }
         (ErrorKind::Conflict, _) => "the store could not order this transaction among others",
         (ErrorKind::Unavailable, _) => "the store could not be reached, or ended the session",
@@ -208,7 +210,7 @@ mod tests {
 
     #[test]
     fn codes_are_sorted_by_who_has_to_act() {
-        for code in ["40001", "40P01", "55P03"] {
+        for code in ["40001", "40P01", "55P03", "25P03"] {
             assert_eq!(kind_of_sqlstate(code, false), ErrorKind::Conflict, "{code}");
         }
         assert_eq!(kind_of_sqlstate("28P01", false), ErrorKind::Denied);

@@ -14,6 +14,8 @@ use super::File;
 /// See the file.
 pub(crate) const FENCE: &str = include_str!("postgres/fence.sql");
 /// See the file.
+pub(crate) const STORE_FENCE: &str = include_str!("postgres/store_fence.sql");
+/// See the file.
 pub(crate) const LOOK: &str = include_str!("postgres/look.sql");
 /// See the file.
 pub(crate) const TOKENS: &str = include_str!("postgres/tokens.sql");

@@ -7,6 +7,8 @@ use super::File;
 /// See the file.
 pub(crate) const FENCE: &str = include_str!("sqlite/fence.sql");
 /// See the file.
+pub(crate) const STORE_FENCE: &str = include_str!("sqlite/store_fence.sql");
+/// See the file.
 pub(crate) const LOOK: &str = include_str!("sqlite/look.sql");
 /// See the file.
 pub(crate) const TOKENS: &str = include_str!("sqlite/tokens.sql");

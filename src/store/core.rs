@@ -2,6 +2,7 @@
 
 use std::any::Any;
 use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
@@ -9,6 +10,7 @@ use tokio::sync::MutexGuard as LineGuard;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::sql::{Failed, classify, is_benign, refuse};
+use crate::types::FencingToken;
 
 use super::database::{Ending, Opened, SqlDatabase, Step};
 use super::progress::{Progress, open_stream};
@@ -20,6 +22,8 @@ pub struct BranchCore<DB: SqlDatabase> {
     store: SqlStore<DB>,
     fence: Fence,
     read_only: bool,
+    /// The token that the store issued last; 0 where it issues none.
+    issued: AtomicU64,
     progress: Mutex<Progress>,
     // Held across awaits on purpose: it is the line of statements for the one connection.
     line: tokio::sync::Mutex<Option<Opened<DB>>>,
@@ -47,6 +51,7 @@ impl<DB: SqlDatabase> BranchCore<DB> {
             store: store.clone(),
             fence: fence.clone(),
             read_only,
+            issued: AtomicU64::new(opened.issued.map_or(0, FencingToken::get)),
             progress: Mutex::default(),
             line: tokio::sync::Mutex::new(Some(opened)),
         }
@@ -109,7 +114,7 @@ impl<DB: SqlDatabase> BranchCore<DB> {
 
     /// Rolls back because the branch must not commit, and says so; unless even that is in doubt.
     async fn refuse_commit(&self, opened: Opened<DB>, why: Error, failed: bool) -> Outcome {
-        let Opened { session, facts } = opened;
+        let Opened { session, facts, .. } = opened;
         match DB::rollback(session, self.ending(facts), failed).await {
             Err(doubt) if doubt.is_in_doubt() => Outcome::InDoubt(doubt),
             // Without an answer the connection is closed; and no COMMIT was ever sent on it.
@@ -161,6 +166,10 @@ impl<DB: SqlDatabase> AnyBranch for BranchCore<DB> {
         self.read_only
     }
 
+    fn issued(&self) -> Option<FencingToken> {
+        FencingToken::new(self.issued.load(Ordering::Relaxed))
+    }
+
     fn failure(&self) -> Option<Error> {
         self.progress().failure().map(Failed::error)
     }
@@ -169,6 +178,7 @@ impl<DB: SqlDatabase> AnyBranch for BranchCore<DB> {
         let mut turn = self.turn().await.map_err(|error| classify("fence", error))?;
         let Some(opened) = turn.guard.as_mut() else { return Err(ended("fence")) };
         let result = DB::extend(&self.store, &self.fence, opened, held).await;
+        self.issued.store(opened.issued.map_or(0, FencingToken::get), Ordering::Relaxed);
         turn.finish(result).map_err(|error| classify("fence", error))?
     }
 
@@ -215,13 +225,13 @@ impl<DB: SqlDatabase> AnyBranch for BranchCore<DB> {
             return self.refuse_commit(opened, why, false).await;
         }
         self.progress().start_commit();
-        let Opened { session, facts } = opened;
+        let Opened { session, facts, .. } = opened;
         DB::commit(session, self.ending(facts)).await
     }
 
     async fn rollback(&self) -> Result<()> {
         self.progress().close();
-        let Some(Opened { session, facts }) = self.take("rollback").await? else {
+        let Some(Opened { session, facts, .. }) = self.take("rollback").await? else {
             if self.progress().is_committing() {
                 return Err(doubt(&self.fence, "the branch was being committed"));
             }

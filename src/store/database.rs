@@ -8,6 +8,7 @@ use sqlx::pool::PoolConnection;
 use uuid::Uuid;
 
 use crate::error::{Error, Result};
+use crate::types::FencingToken;
 
 use super::session::Session;
 use super::sql_store::{Purged, SqlStore};
@@ -25,6 +26,8 @@ impl<DB: Driver> SqlDatabase for DB {}
 pub struct Opened<DB: SqlDatabase> {
     pub(super) session: Session<DB>,
     pub(super) facts: DB::Facts,
+    /// The token that the store issued last.
+    pub(super) issued: Option<FencingToken>,
 }
 
 /// What a branch needs to know while it ends: all but the connection.
@@ -49,6 +52,8 @@ pub trait Driver: sqlx::Database + Sized {
 
     /// The statement that shows the tokens to the fence rows.
     const FENCE: &'static str;
+    /// The statement that takes the fence rows and issues the token.
+    const STORE_FENCE: &'static str;
 
     /// Takes a connection whose state is unproven. Must not block, panic or do I/O itself.
     fn discard(conn: PoolConnection<Self>, loan: Self::Loan);
@@ -65,7 +70,8 @@ pub trait Driver: sqlx::Database + Sized {
     /// Begins, fences, and returns the open transaction.
     async fn open(store: &SqlStore<Self>, fence: &Fence) -> Result<Opened<Self>>;
 
-    /// Stamps, commits that, and returns a snapshot in which nothing is newer than the fence.
+    /// Stamps, commits that, and returns a snapshot in which nothing is newer than the fence. Where
+    /// the store issues the token, the rows are kept instead.
     async fn open_read(store: &SqlStore<Self>, fence: &Fence) -> Result<Opened<Self>>;
 
     /// Fences further keys in the open transaction. The outer error says that the transaction was

@@ -59,6 +59,16 @@ pub struct Held {
     pub token: FencingToken,
 }
 
+/// Who issues the tokens of a fence.
+// exhaustive: there is a lock service, or there is none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Issuer {
+    /// The lock service has, with the locks.
+    LockService,
+    /// The store does, when it takes the fence rows: they are the only locks then.
+    Store,
+}
+
 /// What a transaction attempt shows to a store before its first statement.
 #[derive(Clone, Debug)]
 pub struct Fence {
@@ -66,14 +76,24 @@ pub struct Fence {
     pub attempt: Uuid,
     /// Who holds the keys.
     pub owner: OwnerId,
-    /// The keys, sorted, each once, with the strongest mode.
+    /// The keys, sorted, each once, with the strongest mode. Where the store issues the token, the
+    /// tokens here are only what it has to exceed.
     pub held: Vec<Held>,
+    /// Where the tokens come from.
+    pub issuer: Issuer,
     /// The time-outs of the session follow from it.
     pub lease: Lease,
     /// Refuses every statement once it is lost.
     pub state: Arc<LeaseState>,
     /// Until when the fence may wait for rows that another branch has changed.
     pub deadline: Instant,
+}
+
+impl Fence {
+    /// Whether a key is held exclusively.
+    pub(crate) fn writes(&self) -> bool {
+        self.held.iter().any(|held| held.mode == Mode::Exclusive)
+    }
 }
 
 /// How a branch ended.
@@ -105,6 +125,9 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
     async fn open(&self, fence: &Fence) -> Result<Arc<dyn AnyBranch>>;
 
     /// Opens a branch that reads one snapshot in which nothing is newer than the caller's tokens.
+    ///
+    /// Where the store issues the token, the branch keeps the rows until it ends, as one that
+    /// writes does: nothing else would keep others from the keys.
     async fn open_read(&self, fence: &Fence) -> Result<Arc<dyn AnyBranch>>;
 
     /// How it stands, from what is known in this process. Does no I/O.
@@ -121,6 +144,9 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
 pub trait AnyBranch: fmt::Debug + Send + Sync + 'static {
     /// Whether the branch was opened by [`Store::open_read`].
     fn is_read_only(&self) -> bool;
+
+    /// The token that the store issued last, where it issues them.
+    fn issued(&self) -> Option<FencingToken>;
 
     /// The first failure of a statement outside a savepoint, or a statement that was cancelled. A
     /// branch with a failure can only roll back.

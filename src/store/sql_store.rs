@@ -13,11 +13,11 @@ use uuid::Uuid;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::sql::classify;
-use crate::types::{Mode, Status};
+use crate::types::Status;
 
 use super::core::BranchCore;
 use super::database::SqlDatabase;
-use super::{AnyBranch, Fence, Store, StoreHealth};
+use super::{AnyBranch, Fence, Issuer, Store, StoreHealth};
 
 /// How long a statement may run unless the store says otherwise.
 const STATEMENT_TIMEOUT: Duration = Duration::from_secs(30);
@@ -47,6 +47,8 @@ pub struct SqlStore<DB: SqlDatabase> {
     statement_timeout: Duration,
     /// [`Driver::FENCE`](super::database::Driver::FENCE), unless a test has edited it.
     pub(crate) fence: &'static str,
+    /// [`Driver::STORE_FENCE`](super::database::Driver::STORE_FENCE), likewise.
+    pub(crate) store_fence: &'static str,
     pub(super) settings: DB::Settings,
     id: Arc<OnceCell<Uuid>>,
     /// Why the last branch could not be opened, if the database was not reached.
@@ -73,6 +75,7 @@ impl<DB: SqlDatabase> SqlStore<DB> {
             pool,
             statement_timeout: STATEMENT_TIMEOUT,
             fence: DB::FENCE,
+            store_fence: DB::STORE_FENCE,
             settings: DB::Settings::default(),
             id: Arc::default(),
             out_of_reach: Arc::default(),
@@ -137,7 +140,7 @@ impl<DB: SqlDatabase> SqlStore<DB> {
     /// Opens a branch that may write.
     pub(crate) async fn open_typed(&self, fence: &Fence) -> Result<Arc<BranchCore<DB>>> {
         check(fence)?;
-        if !fence.held.iter().any(|held| held.mode == Mode::Exclusive) {
+        if !fence.writes() {
             let detail = "a branch that writes needs a key that is held exclusively, so that a \
                           lost commit can be settled; use read, or declare a key exclusively";
             return Err(Error::new(ErrorKind::Misuse, "enlist", detail));
@@ -159,6 +162,14 @@ impl<DB: SqlDatabase> SqlStore<DB> {
         let why = why.map(ToString::to_string);
         *self.out_of_reach.lock().unwrap_or_else(PoisonError::into_inner) = why;
         opened
+    }
+
+    /// The statement that takes the rows of a fence.
+    pub(super) fn statement(&self, fence: &Fence) -> &'static str {
+        match fence.issuer {
+            Issuer::LockService => self.fence,
+            Issuer::Store => self.store_fence,
+        }
     }
 
     /// How long a statement of a branch may run.
@@ -240,6 +251,7 @@ impl<DB: SqlDatabase> Clone for SqlStore<DB> {
             pool: self.pool.clone(),
             statement_timeout: self.statement_timeout,
             fence: self.fence,
+            store_fence: self.store_fence,
             settings: self.settings.clone(),
             id: Arc::clone(&self.id),
             out_of_reach: Arc::clone(&self.out_of_reach),

@@ -32,13 +32,20 @@ impl Fenced {
         held.iter().filter(|held| !fenced(held)).cloned().collect()
     }
 
-    /// Notes keys that passed, each with the `write_tx` found there.
-    pub(super) fn add(&mut self, held: &[Held], passed: &[(String, Option<Uuid>)]) {
+    /// Notes keys that passed, each with the `write_tx` found there; under the token that the store
+    /// issued, if it did.
+    pub(super) fn add(
+        &mut self,
+        held: &[Held],
+        passed: &[(String, Option<Uuid>)],
+        issued: Option<FencingToken>,
+    ) {
         for held in held {
             self.keys.push(Want::new(held.key.clone(), held.mode));
             let found = passed.iter().find(|(key, _)| key == held.key.as_str());
             if let (Mode::Exclusive, Some((_, tx))) = (held.mode, found) {
-                self.priors.push(Prior { key: held.key.clone(), token: held.token, tx: *tx });
+                let token = issued.unwrap_or(held.token);
+                self.priors.push(Prior { key: held.key.clone(), token, tx: *tx });
             }
         }
     }
@@ -95,6 +102,12 @@ pub(super) fn stale(held: &[Held], passed: &[(String, Option<Uuid>)], rows: &[To
     }
 }
 
+/// The store has no token left to issue: what its rows hold was never one of ours.
+pub(super) fn exhausted() -> Error {
+    let detail = "the store has seen a token that leaves none above it; tokens stay below 2^53";
+    Error::new(ErrorKind::Corrupt, "fence", detail)
+}
+
 /// Whether a snapshot holds something newer than the tokens of who reads it.
 pub(super) fn overtaken(fence: &Fence, rows: &[Tokens]) -> Option<Error> {
     let passed: Vec<_> = rows
@@ -143,11 +156,16 @@ pub(super) fn signed(token: FencingToken) -> i64 {
     i64::try_from(token.get()).unwrap_or(i64::MAX)
 }
 
+/// The token that a store keeps as this number.
+pub(super) fn token_of(number: i64) -> Option<FencingToken> {
+    FencingToken::new(u64::try_from(number).ok()?)
+}
+
 fn floor(rows: &[Tokens]) -> Option<FencingToken> {
     rows.iter()
         .flat_map(|row| [row.write_token, row.read_token, Some(row.mark)])
         .flatten()
-        .filter_map(|number| FencingToken::new(u64::try_from(number).ok()?))
+        .filter_map(token_of)
         .max()
 }
 

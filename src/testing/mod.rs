@@ -28,7 +28,8 @@ use planting::Planting;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Edit {
     /// Which text: `acquire`, `renew`, `release`, `cancel`, `inspect` or `together` for a script of
-    /// Redis, each with the pieces that it is made of; `fence` for the statement of a store.
+    /// Redis, each with the pieces that it is made of; `fence` for the statement of a store, and
+    /// `store_fence` for the one that it uses without a lock service.
     pub of: &'static str,
     /// What is replaced. It must be there exactly once.
     pub fragment: &'static str,
@@ -53,7 +54,7 @@ pub async fn planted_redis(url: &str, edits: &[Edit]) -> Result<RedisBackend> {
     Ok(backend)
 }
 
-/// A store of the same database whose fence statement has `edits` in it.
+/// A store of the same database whose fence statements have `edits` in them.
 ///
 /// ```
 /// # #[cfg(feature = "sqlite")]
@@ -89,6 +90,7 @@ pub fn planted_store<DB: SqlDatabase>(
 ) -> crate::error::Result<SqlStore<DB>> {
     let (mut planting, mut store) = (Planting::of(edits), store.clone());
     store.fence = planting.edit("fence", store.fence)?;
+    store.store_fence = planting.edit("store_fence", store.store_fence)?;
     planting.end()?;
     Ok(store)
 }

@@ -6,12 +6,14 @@ use std::time::Duration;
 use tracing::Instrument;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::lock::Locks;
 use crate::protocol::Backoff;
 use crate::store::Store;
-use crate::types::{FencingToken, Lease, LeaseState, MAX_WAIT, Mode, OwnerId, Want};
+use crate::types::{FencingToken, Lease, LeaseState, MAX_WAIT, Mode, OwnerId, ResourceKey, Want};
 
-use super::core::{Core, Terms, Transaction};
-use super::{Fallback, Shared};
+use super::core::{Core, Grant, Terms, Transaction};
+use super::fallback::Ground;
+use super::{Fallback, Outage, Shared, observe};
 
 /// A transaction to be begun.
 #[derive(Clone, Debug)]
@@ -57,7 +59,8 @@ impl TransactionRequest {
     }
 
     /// The stores in which branches are opened at begin, fenced in one order. Stores that are not
-    /// named here are fenced when they are enlisted.
+    /// named here are fenced when they are enlisted. They are where the locks are when the lock
+    /// service is away and the fallback is [`Fallback::StoreFence`].
     pub fn stores<'a, S: Store>(mut self, stores: impl IntoIterator<Item = &'a S>) -> Self {
         self.stores.extend(stores.into_iter().map(|store| store.name().to_owned()));
         self
@@ -113,58 +116,104 @@ impl TransactionRequest {
     /// Dropping the future gives up in the background whatever was locked or opened.
     pub async fn begin(self) -> Result<Transaction> {
         let span = tracing::debug_span!("palisade.begin", keys = self.exclusive.len());
-        self.attempt(Arc::default()).instrument(span).await
+        self.attempt().instrument(span).await
     }
 
-    pub(super) async fn attempt(&self, state: Arc<LeaseState>) -> Result<Transaction> {
+    pub(super) async fn attempt(&self) -> Result<Transaction> {
         if let Some(name) = &self.shared.ambiguous {
             let detail = format!("two stores are called {name:?}; give each a name of its own");
             return Err(Error::new(ErrorKind::Misuse, "begin", detail));
         }
-        let locks = &self.shared.locks;
-        let owner = self.owner.unwrap_or_else(|| locks.owner());
         let wait = self.wait.min(MAX_WAIT);
         // It is the wait that ends an attempt to lock, not the patience with whole attempts.
         let retry = Backoff { max_elapsed: wait, ..self.retry };
         let terms = Terms { lease: Lease::new(self.lease)?, wait, retry, floor: self.floor };
-        let request = locks
-            .lock_all(&self.exclusive)
-            .shared(&self.shared_keys)
-            .ttl(self.lease)
-            .wait(wait)
-            .retry(retry)
-            .floor(self.floor)
-            .state(Arc::clone(&state));
-        let request = match self.owner {
-            Some(owner) => request.owner(owner),
-            None => request.new_owner(owner),
+        let grant = match self.ask(Ground::Locks, &self.shared.locks, terms).await {
+            Err(cause) if cause.is_unavailable() => self.fall_back(cause, terms).await?,
+            answer => answer?,
         };
-        let guard = match request.acquire().await {
-            Ok(guard) => Some(guard),
-            Err(cause) if cause.is_unavailable() => {
-                tracing::warn!(%cause, "begin without the lock service");
-                self.fallback.decide(self.keys(), cause).await?;
-                None
-            }
-            Err(error) => return Err(error),
-        };
-        let core = Core::new(Arc::clone(&self.shared), owner, terms, guard, state)?;
+        let core = Core::new(Arc::clone(&self.shared), terms, grant)?;
         let transaction = Transaction::new(core);
-        if !transaction.is_degraded() {
+        if transaction.core.ground != Ground::Nothing {
             self.open_stores(&transaction).await?;
         }
         Ok(transaction)
     }
 
+    /// Takes the locks of a lock service.
+    async fn ask(&self, ground: Ground, locks: &Locks, terms: Terms) -> Result<Grant> {
+        let owner = self.owner.unwrap_or_else(|| locks.owner());
+        let state = Arc::<LeaseState>::default();
+        let request = locks
+            .lock_all(&self.exclusive)
+            .shared(&self.shared_keys)
+            .ttl(self.lease)
+            .wait(terms.wait)
+            .retry(terms.retry)
+            .floor(terms.floor.max(self.shared.switch.floor(ground)))
+            .state(Arc::clone(&state));
+        let request = match self.owner {
+            Some(owner) => request.owner(owner),
+            None => request.new_owner(owner),
+        };
+        let guard = request.acquire().await?;
+        self.shared.switch.granted(ground, guard.token());
+        Ok(Grant { ground, locks: locks.clone(), owner, state, guard: Some(guard) })
+    }
+
+    /// Does as the fallback says.
+    async fn fall_back(&self, cause: Error, terms: Terms) -> Result<Grant> {
+        self.shared.switch.fall_back(&cause);
+        let locks = &self.shared.locks;
+        let without = |ground| Grant {
+            ground,
+            locks: locks.clone(),
+            owner: self.owner.unwrap_or_else(|| locks.owner()),
+            state: Arc::default(),
+            guard: None,
+        };
+        let grant = match &self.fallback {
+            Fallback::Fail => return Err(cause),
+            Fallback::StoreFence if self.stores.is_empty() => {
+                let detail = "without the lock service the fence rows are the locks, and the \
+                              transaction has declared no store to have them in; name its stores";
+                return Err(Error::new(ErrorKind::Degraded, "begin", detail).with_source(cause));
+            }
+            Fallback::StoreFence => without(Ground::Rows),
+            Fallback::Backend(locks) => self.ask(Ground::OtherLocks, locks, terms).await?,
+            Fallback::Handler(handler) => {
+                handler.decide(Outage { keys: self.keys(), cause }).await?;
+                without(Ground::Nothing)
+            }
+        };
+        observe::degraded(grant.ground);
+        Ok(grant)
+    }
+
     async fn open_stores(&self, transaction: &Transaction) -> Result<()> {
+        let core = &transaction.core;
+        if core.ground == Ground::Rows {
+            core.want(self.wants()?);
+        }
         let mut names = self.stores.clone();
         names.sort_unstable();
         names.dedup();
         let read_only = self.exclusive.is_empty();
         for name in names {
-            transaction.core.open(&name, read_only).await?;
+            core.open(&name, read_only).await?;
         }
         Ok(())
+    }
+
+    /// All keys, sorted, each once in its strongest mode.
+    fn wants(&self) -> Result<Vec<Want>> {
+        let want = |mode| move |key: &String| Ok(Want::new(ResourceKey::parse(key)?, mode));
+        let exclusive = self.exclusive.iter().map(want(Mode::Exclusive));
+        let shared = self.shared_keys.iter().map(want(Mode::Shared));
+        let mut wants = exclusive.chain(shared).collect::<Result<Vec<_>>>()?;
+        wants.sort_by(|a, b| (&a.key, b.mode).cmp(&(&b.key, a.mode)));
+        wants.dedup_by(|b, a| a.key == b.key);
+        Ok(wants)
     }
 
     fn keys(&self) -> Vec<String> {

@@ -9,12 +9,13 @@ use tracing::Instrument;
 use uuid::Uuid;
 
 use crate::error::{Error, ErrorKind, Result, RetryAdvice};
-use crate::lock::LockGuard;
+use crate::lock::{LockGuard, Locks};
 use crate::protocol::Backoff;
-use crate::store::{AnyBranch, Fence, Held, Store};
-use crate::types::{FencingToken, Lease, LeaseState, Mode, OwnerId};
+use crate::store::{AnyBranch, Fence, Held, Issuer, Store};
+use crate::types::{FencingToken, Lease, LeaseState, Mode, OwnerId, Want};
 
 use super::Shared;
+use super::fallback::Ground;
 use super::finish::End;
 use super::keeper::Entry;
 
@@ -30,7 +31,9 @@ pub(super) struct Core {
     pub(super) lease: Lease,
     pub(super) wait: Duration,
     pub(super) state: Arc<LeaseState>,
-    pub(super) degraded: bool,
+    pub(super) ground: Ground,
+    /// The lock service on which the transaction stays, whichever it began on.
+    pub(super) locks: Locks,
     books: Mutex<Books>,
     /// One branch is opened, and one savepoint set, at a time.
     opening: tokio::sync::Mutex<()>,
@@ -48,6 +51,16 @@ pub(super) struct Terms {
     pub(super) wait: Duration,
     pub(super) retry: Backoff,
     pub(super) floor: Option<FencingToken>,
+}
+
+/// What a transaction begins with.
+#[derive(Debug)]
+pub(super) struct Grant {
+    pub(super) ground: Ground,
+    pub(super) locks: Locks,
+    pub(super) owner: OwnerId,
+    pub(super) state: Arc<LeaseState>,
+    pub(super) guard: Option<LockGuard>,
 }
 
 #[derive(Debug, Default)]
@@ -69,15 +82,22 @@ pub(super) struct Slot {
     pub(super) branch: Arc<dyn AnyBranch>,
 }
 
+impl Books {
+    /// Whether this is news: a key that was not held, or only in a weaker mode.
+    fn add(&mut self, new: Held) -> bool {
+        match self.held.iter_mut().find(|held| held.key == new.key) {
+            Some(held) if held.mode >= new.mode => return false,
+            Some(held) => *held = new,
+            None => self.held.push(new),
+        }
+        true
+    }
+}
+
 impl Core {
-    pub(super) fn new(
-        shared: Arc<Shared>,
-        owner: OwnerId,
-        terms: Terms,
-        guard: Option<LockGuard>,
-        state: Arc<LeaseState>,
-    ) -> Result<Arc<Self>> {
+    pub(super) fn new(shared: Arc<Shared>, terms: Terms, grant: Grant) -> Result<Arc<Self>> {
         let Terms { lease, wait, retry, floor } = terms;
+        let Grant { ground, locks, owner, state, guard } = grant;
         let core = Self {
             shared,
             attempt: Uuid::now_v7(),
@@ -85,7 +105,8 @@ impl Core {
             lease,
             wait,
             state,
-            degraded: guard.is_none(),
+            ground,
+            locks,
             books: Mutex::default(),
             opening: tokio::sync::Mutex::new(()),
             kept: Mutex::default(),
@@ -119,17 +140,36 @@ impl Core {
         }
         for locked in guard.keys() {
             let new = Held { key: locked.key.clone(), mode: locked.mode, token: locked.token };
-            let known = books.held.iter_mut().find(|held| held.key == new.key);
-            match known {
-                Some(held) if held.mode >= new.mode => continue,
-                Some(held) => *held = new.clone(),
-                None => books.held.push(new.clone()),
+            if books.add(new.clone()) {
+                books.unfenced.push(new);
             }
-            books.unfenced.push(new);
         }
         books.held.sort_by(|a, b| a.key.cmp(&b.key));
         books.guards.push(guard);
         Ok(())
+    }
+
+    /// Names the keys whose rows are the locks. Their tokens are what the first store must exceed.
+    pub(super) fn want(&self, wants: Vec<Want>) {
+        let token = self.floor.unwrap_or(FencingToken::FIRST);
+        let held = |want: Want| Held { key: want.key, mode: want.mode, token };
+        self.books().held = wants.into_iter().map(held).collect();
+    }
+
+    /// The store has issued `token` for these keys, or for all.
+    pub(super) fn issued(&self, keys: Option<Vec<Held>>, token: FencingToken) {
+        let mut books = self.books();
+        match keys {
+            None => books.held.iter_mut().for_each(|held| held.token = token),
+            Some(keys) => {
+                for held in keys {
+                    books.add(Held { token, ..held });
+                }
+                books.held.sort_by(|a, b| a.key.cmp(&b.key));
+            }
+        }
+        drop(books);
+        self.shared.switch.granted(self.ground, token);
     }
 
     /// Whether a key is held already, at least in this mode.
@@ -153,6 +193,10 @@ impl Core {
             attempt: self.attempt,
             owner: self.owner,
             held: self.books().held.clone(),
+            issuer: match self.ground {
+                Ground::Rows => Issuer::Store,
+                _ => Issuer::LockService,
+            },
             lease: self.lease,
             state: Arc::clone(&self.state),
             deadline: Instant::now() + self.wait.max(LEAST_FENCE),
@@ -165,7 +209,7 @@ impl Core {
             let detail = "the transaction has ended";
             return Err(Error::new(ErrorKind::Misuse, operation, detail));
         }
-        if self.degraded {
+        if self.ground == Ground::Nothing {
             let detail = "the transaction began without the lock service: it has no token to show";
             return Err(Error::new(ErrorKind::Degraded, operation, detail));
         }
@@ -184,7 +228,7 @@ impl Core {
     pub(super) fn note(&self, error: Error) -> Error {
         *self.noted() = Some(error.retry_advice());
         if error.kind() == ErrorKind::StaleToken {
-            self.shared.locks.fence_out(self.owner);
+            self.locks.fence_out(self.owner);
         }
         error
     }
@@ -204,7 +248,8 @@ impl Core {
         if let Some(advice) = noted {
             return advice;
         }
-        if !self.degraded && !self.state.is_held() {
+        // What has ended has given its locks up itself; a loss before that was noted.
+        if !self.books().ended && !self.state.is_held() {
             return RetryAdvice::Again;
         }
         let failure = self.failure();
@@ -232,12 +277,17 @@ impl Core {
         let store = self.store(store, operation)?;
         let span = tracing::debug_span!("palisade.branch", store = store.name(), read_only);
         let fence = self.fence();
+        // Where the rows are the locks, one that might write later has to have them from the start.
+        let read_only = read_only && (self.ground != Ground::Rows || !fence.writes());
         let branch = if read_only {
             store.open_read(&fence).instrument(span).await
         } else {
             store.open(&fence).instrument(span).await
         };
         let branch = branch.map_err(|error| self.note(error))?;
+        if let Some(token) = branch.issued() {
+            self.issued(None, token);
+        }
         let depth = self.books().depth;
         for depth in 1..=depth {
             branch.savepoint(depth).await.map_err(|error| self.note(error))?;
@@ -336,7 +386,8 @@ impl Tx {
         self.core.owner
     }
 
-    /// The keys that are held, with modes and tokens, sorted by key.
+    /// The keys that are held, with modes and tokens, sorted by key. None where a handler has taken
+    /// the work on itself.
     #[must_use]
     pub fn held(&self) -> Vec<Held> {
         self.core.books().held.clone()
@@ -345,13 +396,13 @@ impl Tx {
     /// Whether the transaction began without the lock service, by leave of its fallback.
     #[must_use]
     pub fn is_degraded(&self) -> bool {
-        self.core.degraded
+        self.core.ground != Ground::Locks
     }
 
     /// Whether the locks are still held, as far as this process can know.
     #[must_use]
     pub fn is_held(&self) -> bool {
-        !self.core.degraded && self.core.state.is_held()
+        self.core.ground != Ground::Nothing && self.core.state.is_held()
     }
 
     /// Resolves when a third of the lease is left and it has not been renewed: see
@@ -363,7 +414,7 @@ impl Tx {
         self.core.state.expiring().await;
     }
 
-    /// Resolves when the lease is lost.
+    /// Resolves when the lease is lost. There is none where fence rows are the locks.
     ///
     /// # Cancel safety
     /// Dropping the future has no effect.

@@ -3,16 +3,39 @@
 use std::fmt;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crate::error::{Error, Result};
+use crate::lock::Locks;
+use crate::types::FencingToken;
 
 /// The choice of a coordinator or of a single transaction.
+///
+/// It decides about begin alone: a transaction that began under locks ends by the rules of its
+/// lease, and one that began without them stays without them. The next begin asks the lock service
+/// first again. [`Tx::is_degraded`](crate::Tx::is_degraded) says how a transaction began.
 #[derive(Clone, Debug, Default)]
 #[non_exhaustive]
 pub enum Fallback {
     /// An error: [`Unavailable`](crate::ErrorKind::Unavailable).
     #[default]
     Fail,
+    /// The fence rows in the stores are the locks.
+    ///
+    /// Begin takes the rows of all keys in every store that the transaction has declared
+    /// ([`TransactionRequest::stores`](crate::TransactionRequest::stores)), and keeps them until
+    /// the end. The store issues the token, above every token that the rows have seen. That is as
+    /// safe as a transaction under locks, also beside others that still reach the lock service:
+    /// whoever of them comes later with a lower token is stale and starts over, and whoever has the
+    /// rows already is waited for.
+    ///
+    /// What differs: a key is waited for in the order of the database and no longer in line, with a
+    /// connection of the pool in hand; a shared key keeps others out as an exclusive one does; and
+    /// a process that stops keeps its keys until the store ends its session, a lease later. A
+    /// transaction that declared no store fails with [`Degraded`](crate::ErrorKind::Degraded).
+    StoreFence,
+    /// Another lock service; see [`Fallback::backend`].
+    Backend(Locks),
     /// A function of the program decides, or does the work instead.
     Handler(Handler),
 }
@@ -34,6 +57,29 @@ pub struct Outage {
 }
 
 impl Fallback {
+    /// Takes the locks from another lock service while the first cannot be reached.
+    ///
+    /// Tokens keep rising through both switches, so that what is left of transactions before a
+    /// switch is stale after it, in the stores. Nothing but the stores knows of both services:
+    /// while some processes reach the first and others do not, both may grant one key at once, and
+    /// the one with the lower token starts over.
+    ///
+    /// ```
+    /// # tokio::runtime::Runtime::new().unwrap().block_on(async {
+    /// use palisade::{Coordinator, Fallback};
+    ///
+    /// let locks = palisade::connect("memory:").await?;
+    /// let spare = palisade::connect("memory:").await?;
+    /// let coordinator = Coordinator::builder(locks).fallback(Fallback::backend(spare)).build();
+    /// # let _ = coordinator;
+    /// # Ok::<(), palisade::Error>(())
+    /// # }).unwrap();
+    /// ```
+    #[must_use]
+    pub fn backend(locks: Locks) -> Self {
+        Self::Backend(locks)
+    }
+
     /// Asks `handler` when the lock service cannot be reached.
     ///
     /// `Ok(())` means that the handler has taken the work on itself, for example by writing it to a
@@ -60,18 +106,97 @@ impl Fallback {
     {
         Self::Handler(Handler(Arc::new(move |outage| Box::pin(handler(outage)))))
     }
+}
 
+impl Handler {
     /// Decides about an outage: `Ok` when the work has been taken care of.
-    pub(super) async fn decide(&self, keys: Vec<String>, cause: Error) -> Result<()> {
-        match self {
-            Fallback::Fail => Err(cause),
-            Fallback::Handler(Handler(handler)) => handler(Outage { keys, cause }).await,
-        }
+    pub(super) async fn decide(&self, outage: Outage) -> Result<()> {
+        (self.0)(outage).await
     }
 }
 
 impl fmt::Debug for Handler {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Handler")
+    }
+}
+
+/// Who grants a transaction its keys.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Ground {
+    /// The lock service.
+    Locks,
+    /// The lock service of the fallback.
+    OtherLocks,
+    /// The fence rows in the stores.
+    Rows,
+    /// Nobody: a handler has taken the work on itself.
+    Nothing,
+}
+
+/// What a coordinator remembers of the switches between its lock service and the fallback.
+#[derive(Debug, Default)]
+pub(super) struct Switch {
+    away: AtomicBool,
+    /// The highest token that the lock service has granted,
+    locks: AtomicU64,
+    /// and the highest that the fallback has.
+    fallback: AtomicU64,
+}
+
+impl Switch {
+    /// What a token of `ground` has to exceed. Nothing unless the switch to it has only just been
+    /// made: a floor has its price.
+    pub(super) fn floor(&self, ground: Ground) -> Option<FencingToken> {
+        let (own, other) = match ground {
+            Ground::Locks => (&self.locks, &self.fallback),
+            _ => (&self.fallback, &self.locks),
+        };
+        let other = other.load(Ordering::Relaxed);
+        let behind = other > own.load(Ordering::Relaxed);
+        behind.then(|| FencingToken::new(other)).flatten()
+    }
+
+    /// Notes what a transaction on `ground` was granted, and tells of a switch.
+    pub(super) fn granted(&self, ground: Ground, token: FencingToken) {
+        match ground {
+            Ground::Locks => {
+                self.locks.fetch_max(token.get(), Ordering::Relaxed);
+                if self.away.load(Ordering::Relaxed) && self.away.swap(false, Ordering::Relaxed) {
+                    tracing::info!("the lock service is back: transactions take its locks again");
+                }
+            }
+            _ => {
+                self.fallback.fetch_max(token.get(), Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// The lock service cannot be reached, so the fallback decides.
+    pub(super) fn fall_back(&self, cause: &Error) {
+        if self.away.swap(true, Ordering::Relaxed) {
+            tracing::debug!(%cause, "begin without the lock service");
+        } else {
+            tracing::warn!(%cause, "the lock service cannot be reached: the fallback decides");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_floor_is_named_once_per_switch() {
+        let (switch, token) = (Switch::default(), |number| FencingToken::new(number).unwrap());
+        assert_eq!((switch.floor(Ground::Locks), switch.floor(Ground::OtherLocks)), (None, None));
+        switch.granted(Ground::Locks, token(10));
+        assert_eq!(switch.floor(Ground::Locks), None);
+        assert_eq!(switch.floor(Ground::OtherLocks), Some(token(10)));
+        switch.granted(Ground::OtherLocks, token(11));
+        assert_eq!(switch.floor(Ground::OtherLocks), None);
+        assert_eq!(switch.floor(Ground::Locks), Some(token(11)));
+        switch.granted(Ground::Locks, token(12));
+        assert_eq!(switch.floor(Ground::Locks), None);
     }
 }

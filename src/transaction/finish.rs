@@ -9,6 +9,7 @@ use crate::lock::LockGuard;
 use crate::store::Outcome;
 
 use super::core::{Core, Slot};
+use super::fallback::Ground;
 use super::observe;
 
 /// How a transaction is to end.
@@ -97,12 +98,14 @@ impl Core {
                 tracing::debug!(%error, "release after the end of a transaction");
             }
         }
+        // Where there was no guard to give up, whoever still looks must not take the keys for held.
+        self.state.lose();
         self.report(end, &answer);
         answer
     }
 
     async fn commit(&self, slots: &[Slot], guards: &[LockGuard]) -> Result<()> {
-        if self.degraded {
+        if self.ground == Ground::Nothing {
             return Ok(());
         }
         if let Err(error) = self.confirm(guards).await {
@@ -162,7 +165,7 @@ impl Core {
     fn report(&self, end: End, answer: &Result<()>) {
         let attempt = self.attempt;
         match (end, answer) {
-            (_, _) if self.degraded => observe::ended(observe::End::Degraded),
+            (_, _) if self.ground == Ground::Nothing => observe::ended(observe::End::Degraded),
             (End::Commit, Ok(())) => {
                 tracing::debug!(%attempt, "committed");
                 observe::ended(observe::End::Committed);

@@ -22,6 +22,7 @@ use crate::lock::{Locks, Statistics};
 use crate::protocol::Backoff;
 use crate::store::Store;
 
+use fallback::Switch;
 use keeper::Keeper;
 
 pub use begin::TransactionRequest;
@@ -47,6 +48,7 @@ struct Shared {
     wait: Duration,
     retry: Backoff,
     fallback: Fallback,
+    switch: Switch,
     keeper: Arc<Keeper>,
     tasks: TaskTracker,
     runtime: Handle,
@@ -189,6 +191,7 @@ impl CoordinatorBuilder {
             wait,
             retry,
             fallback,
+            switch: Switch::default(),
             keeper,
             tasks,
             runtime,

@@ -4,11 +4,12 @@ use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 
-use crate::error::{Error, Result};
-use crate::store::AnyBranch;
-use crate::types::Mode;
+use crate::error::{Error, ErrorKind, Result};
+use crate::store::{AnyBranch, Held};
+use crate::types::{FencingToken, Mode, ResourceKey, Want};
 
 use super::core::{Core, Tx};
+use super::fallback::Ground;
 
 impl Tx {
     /// Begins a nested transaction that holds `keys` too, if any are named.
@@ -58,8 +59,11 @@ impl Core {
         let _one_at_a_time = self.one_at_a_time().await;
         let new: Vec<&String> =
             keys.iter().filter(|key| !self.holds(key, Mode::Exclusive)).collect();
+        if self.ground == Ground::Rows {
+            return self.add_rows(&new).await;
+        }
         if !new.is_empty() {
-            let request = self.shared.locks.lock_all(new).owner(self.owner).ttl(self.lease.get());
+            let request = self.locks.lock_all(new).owner(self.owner).ttl(self.lease.get());
             let request = request.wait(self.wait).retry(self.retry).floor(self.floor);
             let guard = request.state(Arc::clone(&self.state)).acquire().await?;
             self.take(guard)?;
@@ -74,9 +78,42 @@ impl Core {
         Ok(())
     }
 
+    /// Takes the rows of further keys, which are the locks. Each store is tried, and nobody waits
+    /// in line there, so it may be a deadlock that is in the way.
+    async fn add_rows(&self, keys: &[&String]) -> Result<()> {
+        let token = self.books().held.iter().map(|held| held.token).max();
+        let token = token.unwrap_or(FencingToken::FIRST);
+        let mode = Mode::Exclusive;
+        let added = keys.iter().map(|key| Ok(Held { key: ResourceKey::parse(key)?, mode, token }));
+        let mut added = added.collect::<Result<Vec<_>>>()?;
+        added.sort_by(|a, b| a.key.cmp(&b.key));
+        added.dedup_by(|b, a| a.key == b.key);
+        if added.is_empty() {
+            return Ok(());
+        }
+        let mut issued = token;
+        for branch in self.branches() {
+            branch.extend(&added).await.map_err(|error| declare(error, &added))?;
+            issued = issued.max(branch.issued().unwrap_or(token));
+        }
+        self.issued(Some(added), issued);
+        Ok(())
+    }
+
     fn branches(&self) -> Vec<Arc<dyn AnyBranch>> {
         self.books().slots.iter().map(|slot| Arc::clone(&slot.branch)).collect()
     }
+}
+
+/// Rows that did not come free in time are to be had together with the others, from the start.
+fn declare(error: Error, added: &[Held]) -> Error {
+    if error.kind() != ErrorKind::Conflict {
+        return error;
+    }
+    let wants = added.iter().map(|held| Want::new(held.key.clone(), held.mode)).collect();
+    let detail = "another branch has the rows of these keys, and waiting for them could deadlock; \
+                  declare all keys together at the start";
+    Error::new(ErrorKind::WouldDeadlock, "nested", detail).with_declare(wants).with_source(error)
 }
 
 /// A nested transaction. Dropped without [`commit`](Nested::commit), it is undone before the next

@@ -66,8 +66,8 @@ impl TransactionRequest {
             let advice = error.retry_advice();
             (E::from(error), advice)
         };
-        let state = Arc::default();
-        let transaction = self.attempt(Arc::clone(&state)).await.map_err(advised)?;
+        let transaction = self.attempt().await.map_err(advised)?;
+        let state = Arc::clone(&transaction.core.state);
         let answer = tokio::select! {
             biased;
             () = state.lost().cancelled() => None,

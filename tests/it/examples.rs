@@ -76,6 +76,25 @@ fn redis_is_killed_too_and_comes_back_empty_and_every_transfer_is_applied_once()
 }
 
 #[test]
+fn redis_is_away_for_half_of_the_time_and_the_work_goes_on() {
+    let said = run(&[
+        "--locks",
+        "redis:",
+        "--store",
+        "postgres:",
+        "--processes",
+        "4",
+        "--kill",
+        "--fallback",
+        "store-fence",
+        "--limit",
+        "1200",
+    ]);
+    println!("{said}");
+    assert!(!said.contains("Redis killed 0") && !said.contains("ran degraded       0\n"), "{said}");
+}
+
+#[test]
 fn bad_input_is_refused_with_what_helps() {
     for (arguments, word) in [
         (["--file", "/nowhere/transfers.csv"], "/nowhere/accounts.csv"),

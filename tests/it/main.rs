@@ -12,6 +12,7 @@
 
 mod breaker;
 mod cancel;
+mod degraded;
 mod examples;
 mod fault_matrix;
 mod hazards;
@@ -42,6 +43,7 @@ mod redis_together;
 mod redis_users;
 mod servers;
 mod shaky;
+mod store_fence_rows;
 mod store_fences;
 mod store_postgres;
 mod store_postgres_facts;

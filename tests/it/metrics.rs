@@ -1,11 +1,14 @@
 //! The metrics that are reported are those of the table in `src/docs/metrics.md`, and no others.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::time::Duration;
 
 use metrics_util::debugging::DebuggingRecorder;
 use palisade::backend::MemoryBackend;
-use palisade::{Coordinator, LockOptions, Locks};
+use palisade::{Coordinator, Fallback, LockOptions, Locks};
+
+use crate::support::Cuttable;
 
 use crate::shaky::{Mood, Shaky};
 
@@ -33,11 +36,19 @@ fn every_metric_is_documented_and_every_documented_one_is_reported() {
 }
 
 async fn use_everything() {
-    let backend = std::sync::Arc::new(MemoryBackend::new());
+    let backend = Arc::new(MemoryBackend::new());
     let options = LockOptions::default();
-    let locks = Locks::with_options(std::sync::Arc::clone(&backend) as _, options).await.unwrap();
+    let locks = Locks::with_options(Arc::clone(&backend) as _, options).await.unwrap();
     let coordinator = Coordinator::builder(locks.clone()).build();
     coordinator.transaction(["a"]).begin().await.unwrap().commit().await.unwrap();
+
+    let away = Cuttable::new(Arc::clone(&backend));
+    away.cut(true);
+    let away = Locks::with_options(away, options).await.unwrap();
+    let spare = Locks::with_options(Arc::clone(&backend) as _, options).await.unwrap();
+    let spare = Fallback::backend(spare);
+    let degraded = Coordinator::builder(away).fallback(spare).build();
+    degraded.transaction(["a"]).begin().await.unwrap().commit().await.unwrap();
 
     let guard = locks.lock("a").ttl(Duration::from_secs(1)).acquire().await.unwrap();
     assert!(locks.lock("a").try_acquire().await.unwrap().is_none());

@@ -9,7 +9,7 @@ use palisade::{Coordinator, Error, SqlStore};
 use sqlx::Postgres;
 use sqlx::postgres::PgPoolOptions;
 
-use crate::support::{PostgresServer, RedisServer, program};
+use crate::support::{PostgresServer, Proxy, RedisServer, program};
 
 const LEASE: Duration = Duration::from_secs(2);
 /// What a loaded machine may add.
@@ -41,10 +41,14 @@ impl Bench {
     }
 
     fn start(&self, step: &str) -> Holder {
+        self.start_on(&self.redis.url(), step)
+    }
+
+    fn start_on(&self, locks: &str, step: &str) -> Holder {
         let lease = LEASE.as_millis().to_string();
-        let (locks, store) = (self.redis.url(), self.postgres.url());
+        let store = self.postgres.url();
         let mut child = Command::new(program("holder"))
-            .args([locks.as_str(), &store, &lease, "k", step])
+            .args([locks, &store, &lease, "k", step])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -176,5 +180,23 @@ async fn a_redis_that_was_restarted_empty_costs_a_retry_and_no_update() {
     let took = b.add_one().await;
     assert!(took < LEASE + SLACK, "{took:?}");
     assert_ne!(holder.tell("commit"), "committed");
+    assert_eq!(b.cents().await, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_process_that_stops_with_nothing_but_the_rows_is_waited_for_and_commits_nothing() {
+    let b = Bench::new().await;
+    let proxy = Proxy::start(b.redis.port()).await;
+    let mut holder = b.start_on(&format!("redis://127.0.0.1:{}", proxy.port()), "degraded");
+    assert_eq!(holder.reads(), "connected");
+    proxy.sever(true);
+    assert_eq!(holder.tell("begin"), "written");
+    holder.signal("-STOP");
+    // Whoever still has the lock service has a far higher token, and yet ends nobody's session.
+    let took = b.add_one().await;
+    assert!(took > LEASE / 3 && took < LEASE + SLACK * 2, "{took:?}");
+    holder.signal("-CONT");
+    let committed = holder.tell("commit");
+    assert!(["Conflict", "Aborted"].contains(&committed.as_str()), "{committed}");
     assert_eq!(b.cents().await, 1);
 }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use palisade::store::{AnyBranch, Fence, Held, Outcome};
+use palisade::store::{AnyBranch, Fence, Held, Issuer, Outcome};
 use palisade::{
     ClientId, Error, FencingToken, Lease, LeaseState, Mode, OwnerId, RequestId, ResourceKey,
 };
@@ -22,6 +22,7 @@ pub fn fence(mut held: Vec<Held>) -> Fence {
         attempt: Uuid::now_v7(),
         owner: OwnerId::new(ClientId::random()),
         held,
+        issuer: Issuer::LockService,
         lease: Lease::new(Duration::from_secs(20)).unwrap(),
         state: Arc::new(LeaseState::new(Instant::now() + Duration::from_secs(60))),
         deadline: Instant::now() + Duration::from_secs(5),
@@ -42,6 +43,11 @@ pub fn share(key: &str, token: u64) -> Fence {
 pub fn again(fence: &Fence) -> Fence {
     let deadline = Instant::now() + Duration::from_secs(5);
     Fence { attempt: Uuid::now_v7(), deadline, ..fence.clone() }
+}
+
+/// The same keys for a new owner without a lock service. Its tokens are to be exceeded.
+pub fn degraded(held: Vec<Held>) -> Fence {
+    Fence { issuer: Issuer::Store, state: Arc::default(), ..fence(held) }
 }
 
 pub fn with_wait(fence: Fence, wait: Duration) -> Fence {

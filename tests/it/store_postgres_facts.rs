@@ -238,7 +238,7 @@ async fn a_stopped_client_keeps_its_rows_only_for_one_lease() {
     assert!(waited >= lease / 2 && waited < lease * 4, "{waited:?}");
     commit(&next).await;
     let error = palisade::Error::from(add(&stopped, "alice", 1).await.unwrap_err());
-    assert!(error.is_unavailable(), "{error:?}");
+    assert_eq!(error.kind(), palisade::ErrorKind::Conflict, "{error:?}");
 }
 
 #[tokio::test]

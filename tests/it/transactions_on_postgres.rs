@@ -132,6 +132,21 @@ async fn a_constraint_that_fails_at_commit_is_a_rollback_with_its_cause() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn run_does_not_start_over_what_would_fail_at_commit_again() {
+    let b = Bench::new().await;
+    let begun = AtomicU32::new(0);
+    let work = async |tx: palisade::Tx| {
+        begun.fetch_add(1, Ordering::Relaxed);
+        let db = tx.enlist(&b.bank).await?;
+        sqlx::query("INSERT INTO nickname VALUES ('nobody')").execute(&db).await?;
+        Ok::<_, Error>(())
+    };
+    let error = b.coordinator.run(["alice"], work).await.unwrap_err();
+    assert_eq!((error.kind(), begun.load(Ordering::Relaxed)), (ErrorKind::Store, 1), "{error}");
+    b.assert_clean().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn dropping_begin_enlist_commit_or_rollback_at_any_await_leaves_nothing() {
     let b = Bench::new().await;
     for commits in [false, true] {

@@ -2,13 +2,15 @@
 //! tests stop and kill it at a step of their choice.
 //!
 //! `holder LOCKS_URL STORE_URL LEASE_MS KEY STEP` with STEP `lock` (begin, no branch), `write`
-//! (begin, branch, an update that is not committed) or `wait` (begin, waiting in line). It prints
-//! `waiting`, `locked` or `written`, then reads `write` or `commit` and prints what came of it.
+//! (begin, branch, an update that is not committed), `wait` (begin, waiting in line) or `degraded`
+//! (as `write`, after a line, and on the fence rows where the lock service is away by then). It
+//! prints `connected`, `waiting`, `locked` or `written`, then reads `write` or `commit` and prints
+//! what came of it.
 
 use std::io::{BufRead, Write};
 use std::time::Duration;
 
-use palisade::{Coordinator, Error, SqlStore, Transaction};
+use palisade::{Coordinator, Error, Fallback, SqlStore, Transaction};
 use sqlx::Postgres;
 use sqlx::postgres::PgPoolOptions;
 
@@ -26,7 +28,12 @@ async fn main() -> Result<(), Error> {
     let lease = Duration::from_millis(lease.parse().expect("milliseconds"));
     let coordinator = Coordinator::builder(locks.clone()).store(&bank).lease(lease).build();
 
-    let request = coordinator.transaction([key]).wait(Duration::from_secs(60));
+    let mut request = coordinator.transaction([key]).wait(Duration::from_secs(60));
+    if step == "degraded" {
+        request = request.stores([&bank]).fallback(Fallback::StoreFence);
+        say("connected");
+        std::io::stdin().read_line(&mut String::new()).expect("a line");
+    }
     if step == "wait" {
         let begin = tokio::spawn(request.clone().begin());
         while locks.inspect(key).await?.waiters.is_empty() {
@@ -38,7 +45,7 @@ async fn main() -> Result<(), Error> {
         return tx.rollback().await;
     }
     let tx = request.begin().await?;
-    if step == "write" {
+    if step == "write" || step == "degraded" {
         write(&tx, &bank, key).await?;
         say("written");
     } else {

@@ -30,6 +30,7 @@
 mod clock;
 mod counter;
 mod crew;
+mod degraded;
 mod exclusion;
 mod findings;
 mod history;
@@ -93,6 +94,12 @@ const WORKLOADS: &[Workload] = &[
         shows: "renewal: no healthy lease is lost; whoever cannot renew is told in time",
         control: false,
         run: |stage| renewal::run(stage).boxed(),
+    },
+    Workload {
+        name: "W11",
+        shows: "degraded: half the workers lose the lock service and come back; nothing is lost",
+        control: true,
+        run: |stage| degraded::run(stage).boxed(),
     },
     Workload {
         name: "W13",

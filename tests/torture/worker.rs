@@ -15,7 +15,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tokio::time::{Instant, sleep};
 
 use crate::history::History;
-use crate::{Result, clock, counter, exclusion};
+use crate::{Result, clock, counter, degraded, exclusion};
 
 /// How long a server may be away before a worker gives up connecting to it.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -37,8 +37,15 @@ pub struct Settings {
 /// Which work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Work {
-    Counter { fenced: bool },
+    Counter {
+        fenced: bool,
+    },
     Exclusion,
+    Degraded {
+        fenced: bool,
+        /// Whether it will be cut off; in one process, half of its tasks are.
+        cut: bool,
+    },
 }
 
 /// What a worker is told.
@@ -50,6 +57,10 @@ pub enum Order {
     Hold,
     /// Empty the memory of the lock service, where that is yours.
     Forget,
+    /// You are cut off from the lock service from now on, or you can cut it off yourself,
+    Cut,
+    /// until now.
+    Heal,
     /// No more of that: end what is under way, do one last operation per task, and end.
     Last,
 }
@@ -96,6 +107,7 @@ pub fn main(settings: &str) -> ExitCode {
     let work = async {
         match settings.work {
             Work::Counter { fenced } => counter::worker(settings, fenced, orders).await,
+            Work::Degraded { fenced, cut } => degraded::worker(settings, fenced, cut, orders).await,
             Work::Exclusion => exclusion::worker(settings, orders).await,
         }
     };

@@ -12,8 +12,8 @@ use crate::sql::{classify, sqlstate};
 use crate::types::ResourceKey;
 
 use super::super::sql_store::SqlStore;
-use super::super::{Fence, Held};
-use super::fence::columns;
+use super::super::{Fence, Held, Issuer};
+use super::fence::{announced, columns};
 
 /// How long the publishing of added keys waits for a connection.
 const A_MOMENT: Duration = Duration::from_millis(100);
@@ -23,13 +23,18 @@ pub(super) fn is_blocked(error: &sqlx::Error) -> bool {
     matches!(&*sqlstate(error), "55P03" | "57014" | "40001" | "40P01")
 }
 
-/// Ends the sessions in the way whose time is over.
+/// Ends the sessions in the way whose time is over. Without a token of the lock service nobody's
+/// is.
 ///
 /// # Errors
 /// [`ErrorKind::Misuse`] when the branch in the way is one of the same owner, which would wait for
 /// itself.
 pub(super) async fn contact(conn: &mut PgConnection, fence: &Fence, held: &[Held]) -> Result<()> {
-    let (keys, exclusive, tokens) = columns(held, hex);
+    let (keys, exclusive, mut tokens) = columns(held, hex);
+    if fence.issuer == Issuer::Store {
+        // It has nothing to show that would end anybody's time.
+        tokens.fill(0);
+    }
     let named: Vec<_> = keys.iter().map(|hex| name::key(hex)).collect();
     let marked: Vec<_> = tokens.iter().map(|token| name::token(*token)).collect();
     let found: Result<Vec<(String, bool, bool)>, _> = sqlx::query_as(CONTACT)
@@ -74,7 +79,7 @@ pub(super) async fn publish_more(store: &SqlStore<Postgres>, fence: &Fence, held
         return;
     }
     let Ok(Ok(mut conn)) = timeout(A_MOMENT, store.pool().acquire()).await else { return };
-    let (keys, exclusive, tokens) = columns(held, hex);
+    let (keys, exclusive, tokens) = announced(fence, held);
     let published = sqlx::query(PUBLISH_MORE)
         .bind(keys)
         .bind(exclusive)

@@ -40,6 +40,11 @@ pub(super) async fn commit(mut session: Session<Postgres>, ending: End<'_>) -> O
             session.release();
             Outcome::Committed
         }
+        // A session is ended for being idle before it takes up what it is sent, so this COMMIT was
+        // not.
+        Ok(Err(error)) if sqlstate(&error) == "25P03" => {
+            Outcome::RolledBack(classify("commit", error).with_transaction(ending.fence.attempt))
+        }
         Ok(Err(error)) if !lost_reply(&error) => refused(session, &ending, error).await,
         Ok(Err(error)) => lost(session, &ending, error).await,
         Err(_) => lost(session, &ending, sqlx::Error::PoolTimedOut).await,
@@ -160,7 +165,7 @@ async fn roll_back(
 
 fn prove(ending: &End<'_>) -> String {
     match ending.facts.id {
-        Some(id) => Prepared::of(ending.store.fence).prove(id),
+        Some(id) => Prepared::of(ending.store.statement(ending.fence)).prove(id),
         None => prove_read(ending.fence.attempt),
     }
 }

@@ -6,11 +6,11 @@ use uuid::Uuid;
 use crate::error::Error;
 use crate::sql::postgres::prepared::{Prepared, Shown};
 use crate::sql::postgres::{Published, TOKENS, hex, millis, unhex};
-use crate::types::Mode;
+use crate::types::{FencingToken, Mode};
 
 use super::super::sql_store::SqlStore;
-use super::super::verdict::{Tokens, signed, stale};
-use super::super::{Fence, Held};
+use super::super::verdict::{Tokens, exhausted, signed, stale, token_of};
+use super::super::{Fence, Held, Issuer};
 use super::Postgres;
 
 /// What the fence statement returned.
@@ -19,9 +19,12 @@ pub(super) struct Taken {
     pub(super) passed: Vec<(String, Option<Uuid>)>,
     pub(super) id: u64,
     pub(super) read_committed: bool,
+    /// The token, where the store issues it and has one left.
+    pub(super) issued: Option<FencingToken>,
 }
 
-/// Shows the tokens to the rows of `held`, in one message with the statements `before` it.
+/// Takes the rows of `held`, in one message with the statements `before` it: shows the tokens to
+/// them, or has the store issue one. Without an attempt for a branch that only reads.
 pub(super) async fn take(
     conn: &mut PgConnection,
     store: &SqlStore<Postgres>,
@@ -36,15 +39,19 @@ pub(super) async fn take(
         attempt,
         limits: [millis(fence.lease.get()), millis(store.limit())],
     };
-    before += &Prepared::of(store.fence).fence(&shown);
+    before += &Prepared::of(store.statement(fence)).fence(&shown);
     let rows = conn.fetch_all(sqlx::raw_sql(AssertSqlSafe(before))).await?;
     let row = rows.last().ok_or(sqlx::Error::RowNotFound)?;
     let keys: Vec<String> = row.try_get(0)?;
     let priors: Vec<Option<Uuid>> = row.try_get(1)?;
     let (id, isolation): (String, String) = (row.try_get(2)?, row.try_get(3)?);
+    let issued = match fence.issuer {
+        Issuer::LockService => None,
+        Issuer::Store => token_of(row.try_get(4)?),
+    };
     let id = id.parse().map_err(|_| sqlx::Error::Protocol(format!("no transaction id: {id}")))?;
     let passed = keys.iter().map(|key| unhex(key).unwrap_or_default()).zip(priors).collect();
-    Ok(Taken { passed, id, read_committed: isolation == "read committed" })
+    Ok(Taken { passed, id, read_committed: isolation == "read committed", issued })
 }
 
 /// What the rows of `held` hold.
@@ -65,14 +72,19 @@ pub(super) async fn tokens(
     Ok(rows.into_iter().map(row).collect())
 }
 
-/// Why some keys of `held` did not pass, asked in the same transaction, which has their rows.
+/// Why some keys of `held` did not pass, asked in the same transaction, which has their rows;
+/// `None` when another try may take them.
 pub(super) async fn refusal(
     conn: &mut PgConnection,
+    fence: &Fence,
     held: &[Held],
     taken: &Taken,
-) -> Result<Error, sqlx::Error> {
+) -> Result<Option<Error>, sqlx::Error> {
+    if fence.issuer == Issuer::Store {
+        return Ok(taken.issued.is_none().then(exhausted));
+    }
     let rows = tokens(conn, held).await?;
-    Ok(stale(held, &taken.passed, &rows))
+    Ok(Some(stale(held, &taken.passed, &rows)))
 }
 
 /// Keys, modes and tokens as the arrays that statements take.
@@ -96,6 +108,24 @@ fn shown(held: &Held) -> (&str, bool, i64) {
 
 /// What others may know of the branch.
 pub(super) fn published(fence: &Fence) -> Published {
-    let keys = fence.held.iter().map(shown).map(|(key, mode, token)| (hex(key), mode, token));
-    Published { attempt: fence.attempt, owner: fence.owner.as_uuid(), keys: keys.collect() }
+    let (keys, exclusive, tokens) = announced(fence, &fence.held);
+    let keys = keys.into_iter().zip(exclusive).zip(tokens);
+    Published {
+        attempt: fence.attempt,
+        owner: fence.owner.as_uuid(),
+        keys: keys.map(|((key, exclusive), token)| (key, exclusive, token)).collect(),
+    }
+}
+
+/// Keys in hex, modes and tokens, as a branch shows them to whoever meets it.
+///
+/// Whose token the store issues does not know who else holds the keys, so its time is over when it
+/// ends and not before: it shows a token that no other is above. And it keeps the rows of all its
+/// keys, so it is in the way of every mode.
+pub(super) fn announced(fence: &Fence, held: &[Held]) -> (Vec<String>, Vec<bool>, Vec<i64>) {
+    let (keys, exclusive, tokens) = columns(held, hex);
+    match fence.issuer {
+        Issuer::LockService => (keys, exclusive, tokens),
+        Issuer::Store => (keys, vec![true; held.len()], vec![i64::MAX; held.len()]),
+    }
 }

@@ -29,7 +29,9 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::error::Result;
-use crate::sql::postgres::{FENCE, MIGRATIONS, PURGE, PURGE_SESSIONS, WATERMARK, WATERMARK_SEEN};
+use crate::sql::postgres::{
+    FENCE, MIGRATIONS, PURGE, PURGE_SESSIONS, STORE_FENCE, WATERMARK, WATERMARK_SEEN,
+};
 use crate::sql::{PURGE_BATCH, PURGE_GRACE, classify, migrate};
 
 use super::database::{Driver, Ending, Opened, Step};
@@ -99,6 +101,7 @@ impl Driver for Postgres {
     type Shared = ();
 
     const FENCE: &'static str = FENCE;
+    const STORE_FENCE: &'static str = STORE_FENCE;
 
     /// The server rolls back what a closed session leaves.
     fn discard(mut conn: PoolConnection<Self>, _loan: ()) {

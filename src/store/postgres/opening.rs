@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use sqlx::Postgres;
 use tokio::time::Instant;
+use uuid::Uuid;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::sql::postgres::prepared::{LACKING, Prepared};
@@ -15,7 +16,7 @@ use super::super::database::Opened;
 use super::super::session::Session;
 use super::super::sql_store::SqlStore;
 use super::super::verdict::{Fenced, overtaken};
-use super::super::{Fence, Held};
+use super::super::{Fence, Held, Issuer};
 use super::contact::{contact, is_blocked, publish_more};
 use super::fence::{Taken, published, refusal, take, tokens};
 use super::{Facts, run};
@@ -29,19 +30,31 @@ const EXTEND_PATIENCE: Duration = Duration::from_secs(1);
 
 /// Opens a branch that may write: one round trip when nobody is in the way.
 pub(super) async fn open(store: &SqlStore<Postgres>, fence: &Fence) -> Result<Opened<Postgres>> {
-    let (session, taken) = pass(store, fence, false).await?;
-    let mut facts =
-        Facts { fenced: Fenced::default(), id: Some(taken.id), extends: taken.read_committed };
-    facts.fenced.add(&fence.held, &taken.passed);
-    Ok(Opened { session, facts })
+    let (session, taken) = pass(store, fence, Some(fence.attempt), store.settings.sql()).await?;
+    Ok(opened(session, fence, &taken, taken.read_committed))
 }
 
-/// Opens a branch that reads one snapshot: three round trips.
+fn opened(
+    session: Session<Postgres>,
+    fence: &Fence,
+    taken: &Taken,
+    extends: bool,
+) -> Opened<Postgres> {
+    let mut facts = Facts { fenced: Fenced::default(), id: Some(taken.id), extends };
+    facts.fenced.add(&fence.held, &taken.passed, taken.issued);
+    Opened { session, facts, issued: taken.issued }
+}
+
+/// Opens a branch that reads one snapshot: three round trips, or one where it keeps its rows.
 pub(super) async fn open_read(
     store: &SqlStore<Postgres>,
     fence: &Fence,
 ) -> Result<Opened<Postgres>> {
-    let (mut session, _) = pass(store, fence, true).await?;
+    if fence.issuer == Issuer::Store {
+        let (session, taken) = pass(store, fence, None, "ISOLATION LEVEL REPEATABLE READ").await?;
+        return Ok(opened(session, fence, &taken, false));
+    }
+    let (mut session, _) = pass(store, fence, None, "ISOLATION LEVEL READ COMMITTED").await?;
     let snapshot = begin_read(fence.attempt, store.limit(), fence.lease.get());
     run(session.conn()?, snapshot).await.map_err(|error| classify("fence", error))?;
     let rows = tokens(session.conn()?, &fence.held).await;
@@ -50,22 +63,22 @@ pub(super) async fn open_read(
         Some(error) => Err(end_refused(session, error).await),
         None => {
             let facts = Facts { fenced: Fenced::default(), id: None, extends: false };
-            Ok(Opened { session, facts })
+            Ok(Opened { session, facts, issued: None })
         }
     }
 }
 
-/// Begins and takes the fence rows, until the deadline.
+/// Begins and takes the fence rows, until the deadline. Without an attempt for a branch that only
+/// reads.
 async fn pass(
     store: &SqlStore<Postgres>,
     fence: &Fence,
-    reads: bool,
+    attempt: Option<Uuid>,
+    isolation: &'static str,
 ) -> Result<(Session<Postgres>, Taken)> {
     let conn = store.acquire("fence", fence.deadline).await?;
     // From here on the connection is guarded: what is sent next may or may not begin a transaction.
     let mut session = Session::new(conn, ());
-    let attempt = (!reads).then_some(fence.attempt);
-    let isolation = if reads { "ISOLATION LEVEL READ COMMITTED" } else { store.settings.sql() };
     let branch = published(fence);
     let (name, mut message) = match name::full(&branch) {
         Some(name) => (name, String::new()),
@@ -80,12 +93,16 @@ async fn pass(
         match take(session.conn()?, store, fence, &fence.held, attempt, before).await {
             Ok(taken) if taken.passed.len() == fence.held.len() => return Ok((session, taken)),
             Ok(taken) => {
-                let error = refusal(session.conn()?, &fence.held, &taken).await;
-                let error = error.unwrap_or_else(|error| classify("fence", error));
-                return Err(end_refused(session, error).await);
+                let refused = refusal(session.conn()?, fence, &fence.held, &taken).await;
+                let refused = refused.unwrap_or_else(|error| Some(classify("fence", error)));
+                let refused = refused.or_else(|| is_over(fence).then(blocked));
+                if let Some(error) = refused {
+                    return Err(end_refused(session, error).await);
+                }
+                run(session.conn()?, "ROLLBACK").await.map_err(|e| classify("fence", e))?;
             }
             Err(error) if !prepared && sqlstate(&error) == LACKING => {
-                message = Prepared::of(store.fence).prepare();
+                message = Prepared::of(store.statement(fence)).prepare();
                 prepared = true;
             }
             Err(error) if is_blocked(&error) => {
@@ -105,10 +122,14 @@ async fn meet(session: &mut Session<Postgres>, fence: &Fence, error: sqlx::Error
     if waited {
         contact(session.conn()?, fence, &fence.held).await?;
     }
-    if Instant::now() >= fence.deadline || !fence.state.is_held() {
+    if is_over(fence) {
         return Err(blocked().with_source(error));
     }
     Ok(())
+}
+
+fn is_over(fence: &Fence) -> bool {
+    Instant::now() >= fence.deadline || !fence.state.is_held()
 }
 
 fn blocked() -> Error {
@@ -155,10 +176,14 @@ pub(super) async fn extend(
         let refused = match take(conn, store, fence, &missing, Some(fence.attempt), before).await {
             Ok(taken) if taken.passed.len() == missing.len() => {
                 run(conn, "RELEASE SAVEPOINT palisade_extend").await?;
-                open.facts.fenced.add(&missing, &taken.passed);
+                open.facts.fenced.add(&missing, &taken.passed, taken.issued);
+                open.issued = taken.issued;
                 return Ok(Ok(()));
             }
-            Ok(taken) => Some(refusal(conn, &missing, &taken).await?),
+            Ok(taken) => match refusal(conn, fence, &missing, &taken).await? {
+                None if Instant::now() >= deadline => Some(blocked()),
+                refused => refused,
+            },
             Err(error) if is_blocked(&error) && Instant::now() < deadline => None,
             Err(error) if is_blocked(&error) => Some(blocked().with_source(error)),
             Err(error) => return Err(error),

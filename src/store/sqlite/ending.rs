@@ -94,12 +94,13 @@ async fn finish(session: &mut Session<Sqlite>, ending: &Ending<'_, Sqlite>) -> R
         let sql = format!("RELEASE {}", probe(ending.fence));
         run(conn, sql).await.map_err(|_| End::Other)?;
     }
+    let unleased = Instant::now() + ending.fence.lease.get();
     loop {
         match run(conn, "COMMIT").await {
             Ok(()) => return Ok(()),
             Err(error) if !ending.fence.state.is_held() => return Err(End::Failed(error)),
             Err(error) => {
-                let deadline = ending.fence.state.deadline().unwrap_or_else(Instant::now);
+                let deadline = ending.fence.state.deadline().unwrap_or(unleased);
                 pause(error, deadline).await.map_err(End::Failed)?;
             }
         }

@@ -29,7 +29,7 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::sql::sqlite::{FENCE, MIGRATIONS, PURGE, WATERMARK};
+use crate::sql::sqlite::{FENCE, MIGRATIONS, PURGE, STORE_FENCE, WATERMARK};
 use crate::sql::{PURGE_BATCH, PURGE_GRACE, classify, migrate, refuse};
 use crate::types::Want;
 
@@ -39,7 +39,7 @@ use super::database::{Driver, Ending, Opened, Step};
 use super::session::Session;
 use super::sql_store::{Purged, SqlStore};
 use super::verdict::{Fenced, overtaken};
-use super::{Fence, Held, Outcome};
+use super::{Fence, Held, Issuer, Outcome};
 
 /// How long a migration, a purge or a look may wait for the write lock.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -59,6 +59,7 @@ impl Driver for Sqlite {
     type Shared = Gate;
 
     const FENCE: &'static str = FENCE;
+    const STORE_FENCE: &'static str = STORE_FENCE;
 
     /// Nothing is closed that can be proven clean: the database may live in this connection's
     /// memory.
@@ -111,20 +112,16 @@ impl Driver for Sqlite {
     }
 
     async fn open(store: &SqlStore<Self>, fence: &Fence) -> Result<Opened<Self>> {
-        let mut session = begin(store, "fence", Some(fence), fence.deadline).await?;
-        let passed = pass(session.conn()?, store, fence, &fence.held, Some(fence.attempt)).await;
-        let passed = match passed {
-            Ok(passed) => passed,
-            Err(error) => return Err(end_refused(session, error).await),
-        };
-        let sql = format!("SAVEPOINT {}", probe(fence));
-        run(session.conn()?, sql).await.map_err(|error| classify("fence", error))?;
-        let mut facts = Fenced::default();
-        facts.add(&fence.held, &passed);
-        Ok(Opened { session, facts })
+        open(store, fence, "").await
     }
 
     async fn open_read(store: &SqlStore<Self>, fence: &Fence) -> Result<Opened<Self>> {
+        if fence.issuer == Issuer::Store {
+            let mut opened = open(store, fence, "; PRAGMA query_only = 1").await?;
+            // Without priors it takes no further keys, as one that reads a snapshot.
+            opened.facts = Fenced::default();
+            return Ok(opened);
+        }
         let mut session = begin(store, "fence", Some(fence), fence.deadline).await?;
         if let Err(error) = pass(session.conn()?, store, fence, &fence.held, None).await {
             return Err(end_refused(session, error).await);
@@ -148,7 +145,7 @@ impl Driver for Sqlite {
         };
         match overtaken(fence, &rows) {
             Some(error) => Err(end_refused(session, error).await),
-            None => Ok(Opened { session, facts: Fenced::default() }),
+            None => Ok(Opened { session, facts: Fenced::default(), issued: None }),
         }
     }
 
@@ -172,15 +169,16 @@ impl Driver for Sqlite {
             ));
         }
         run(conn, "SAVEPOINT palisade_extend").await?;
-        let passed = match pass(conn, store, fence, &missing, Some(fence.attempt)).await {
-            Ok(passed) => passed,
+        let taken = match pass(conn, store, fence, &missing, Some(fence.attempt)).await {
+            Ok(taken) => taken,
             Err(error) => {
                 run(conn, "ROLLBACK TO palisade_extend; RELEASE palisade_extend").await?;
                 return Ok(Err(error));
             }
         };
         run(conn, "RELEASE palisade_extend").await?;
-        open.facts.add(&missing, &passed);
+        open.facts.add(&missing, &taken.passed, taken.issued);
+        open.issued = taken.issued;
         Ok(Ok(()))
     }
 
@@ -207,6 +205,21 @@ impl Driver for Sqlite {
     async fn ping(_conn: &mut SqliteConnection) -> Result<(), sqlx::Error> {
         Ok(())
     }
+}
+
+/// Begins, takes the rows, and sets the savepoint that proves the transaction; `and` follows it.
+async fn open(store: &SqlStore<Sqlite>, fence: &Fence, and: &str) -> Result<Opened<Sqlite>> {
+    let mut session = begin(store, "fence", Some(fence), fence.deadline).await?;
+    let taken = pass(session.conn()?, store, fence, &fence.held, Some(fence.attempt)).await;
+    let taken = match taken {
+        Ok(taken) => taken,
+        Err(error) => return Err(end_refused(session, error).await),
+    };
+    let sql = format!("SAVEPOINT {}{and}", probe(fence));
+    run(session.conn()?, sql).await.map_err(|error| classify("fence", error))?;
+    let mut facts = Fenced::default();
+    facts.add(&fence.held, &taken.passed, taken.issued);
+    Ok(Opened { session, facts, issued: taken.issued })
 }
 
 /// One step of a purge, in one transaction: deletes below the watermark of an earlier round, or

@@ -2,22 +2,29 @@
 
 use std::time::Duration;
 
-use sqlx::{AssertSqlSafe, Executor, Sqlite, SqliteConnection};
+use sqlx::sqlite::SqliteRow;
+use sqlx::{AssertSqlSafe, Executor, Row, Sqlite, SqliteConnection};
 use tokio::time::{Instant, sleep};
 use uuid::Uuid;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::sql::sqlite::{TOKENS, json};
 use crate::sql::{classify, kind_of};
-use crate::types::Mode;
+use crate::types::{FencingToken, Mode};
 
 use super::super::session::Session;
 use super::super::sql_store::SqlStore;
-use super::super::verdict::{Tokens, stale};
-use super::super::{Fence, Held};
+use super::super::verdict::{Tokens, exhausted, stale, token_of};
+use super::super::{Fence, Held, Issuer};
 use super::Loan;
 
-type Row = (String, Option<Uuid>);
+/// What the fence statement returned.
+pub(super) struct Taken {
+    /// The keys that passed, each with the write_tx found there.
+    pub(super) passed: Vec<(String, Option<Uuid>)>,
+    /// The token, where the store issues it.
+    pub(super) issued: Option<FencingToken>,
+}
 
 /// Sends statements of ours that take no parameters. The text is ours, or numbers and ids.
 pub(super) async fn run(
@@ -72,26 +79,40 @@ pub(super) fn probe(fence: &Fence) -> String {
     format!("palisade_tx_{}", fence.attempt.simple())
 }
 
-/// Shows the tokens to the rows of `held`, all of them or with an error.
+/// Takes the rows of `held`, all of them or with an error: shows the tokens to them, or has the
+/// store issue one.
 pub(super) async fn pass(
     conn: &mut SqliteConnection,
     store: &SqlStore<Sqlite>,
     fence: &Fence,
     held: &[Held],
     attempt: Option<Uuid>,
-) -> Result<Vec<Row>> {
-    let passed: Vec<Row> = sqlx::query_as(store.fence)
+) -> Result<Taken> {
+    let rows = sqlx::query(store.statement(fence))
         .bind(array(held))
         .bind(fence.owner.as_uuid())
         .bind(attempt)
         .fetch_all(&mut *conn)
-        .await
-        .map_err(|error| classify("fence", error))?;
-    if passed.len() == held.len() {
-        return Ok(passed);
+        .await;
+    let taken = rows.and_then(|rows| taken(fence, &rows));
+    let taken = taken.map_err(|error| classify("fence", error))?;
+    if taken.passed.len() == held.len() {
+        return Ok(taken);
+    }
+    if fence.issuer == Issuer::Store {
+        return Err(exhausted());
     }
     let rows = tokens(conn, held).await.map_err(|error| classify("fence", error))?;
-    Err(stale(held, &passed, &rows))
+    Err(stale(held, &taken.passed, &rows))
+}
+
+fn taken(fence: &Fence, rows: &[SqliteRow]) -> Result<Taken, sqlx::Error> {
+    let passed = rows.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?)));
+    let issued = match (fence.issuer, rows.first()) {
+        (Issuer::Store, Some(row)) => token_of(row.try_get(2)?),
+        _ => None,
+    };
+    Ok(Taken { passed: passed.collect::<Result<_, sqlx::Error>>()?, issued })
 }
 
 fn array(held: &[Held]) -> String {

@@ -11,6 +11,7 @@
 
 mod certificates;
 mod clock;
+mod cuttable;
 mod directory;
 mod events;
 mod port;
@@ -26,6 +27,7 @@ use tokio::time::{Instant, sleep};
 
 pub use certificates::Certificates;
 pub use clock::ServerClock;
+pub use cuttable::Cuttable;
 pub use directory::Directory;
 pub use events::Events;
 pub use postgres::PostgresServer;

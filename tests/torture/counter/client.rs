@@ -63,7 +63,7 @@ pub async fn worker(
         match order {
             Order::Stop => client.seam.arm(true),
             Order::Last => break,
-            Order::Hold | Order::Forget => {}
+            Order::Hold | Order::Forget | Order::Cut | Order::Heal => {}
         }
     }
     client.seam.arm(false);
@@ -128,20 +128,7 @@ impl Client {
 
     fn operation(&self, key: &str, last: bool) -> Operation {
         let number = self.count.fetch_add(1, Ordering::SeqCst);
-        Operation {
-            id: format!("{}-{number}", self.settings.name),
-            key: key.to_owned(),
-            started: clock::now(),
-            granted: None,
-            ended: None,
-            outcome: Outcome::Unknown,
-            why: None,
-            token: None,
-            owner: None,
-            read: None,
-            written: None,
-            last,
-        }
+        Operation::new(format!("{}-{number}", self.settings.name), key, last)
     }
 
     async fn add_fenced(

@@ -8,8 +8,8 @@
 
 mod client;
 mod nemesis;
-mod oracle;
-mod store;
+pub mod oracle;
+pub mod store;
 
 use std::time::Duration;
 
@@ -52,6 +52,8 @@ pub struct Operation {
     pub written: Option<i64>,
     /// Whether it is the last of its task, after everything was healed.
     pub last: bool,
+    /// Whether it began without the lock service.
+    pub degraded: bool,
 }
 
 /// What stood in the way of an operation.
@@ -65,13 +67,32 @@ pub enum Failure {
 }
 
 impl Operation {
+    /// One that begins now.
+    pub fn new(id: String, key: &str, last: bool) -> Self {
+        Self {
+            id,
+            key: key.to_owned(),
+            started: crate::clock::now(),
+            granted: None,
+            ended: None,
+            outcome: Outcome::Unknown,
+            why: None,
+            token: None,
+            owner: None,
+            read: None,
+            written: None,
+            last,
+            degraded: false,
+        }
+    }
+
     pub fn reads(&mut self, value: i64) {
         self.read = Some(value);
         self.written = Some(value + 1);
     }
 
     /// Notes how it ended.
-    fn ends(&mut self, answer: palisade::Result<()>) {
+    pub fn ends(&mut self, answer: palisade::Result<()>) {
         self.ended = Some(crate::clock::now());
         self.outcome = match &answer {
             Ok(()) => Outcome::Ok,

@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use palisade::{Coordinator, Error, ErrorKind, Locks, SqlStore, Tx};
+use palisade::testing::planted_store;
+use palisade::{Coordinator, Error, ErrorKind, Fallback, Locks, SqlStore, TransactionRequest, Tx};
 use sqlx::postgres::PgPoolOptions;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions};
 use sqlx::{Postgres, Sqlite};
@@ -11,6 +12,7 @@ use tokio::time::sleep;
 
 use super::Operation;
 use crate::Result;
+use crate::planted::edits::{postgres, sqlite};
 
 /// How many counters a phase has.
 pub const COUNTERS: usize = 10;
@@ -73,13 +75,19 @@ const SIGN: &str = "
 impl Store {
     pub async fn open(url: &str, tasks: usize) -> Result<Self> {
         let connections = tasks as u32 + 2;
+        // More would only wait for each other: one branch at a time has the file.
+        let few = if url.starts_with("sqlite:") { 4 } else { connections };
+        Self::open_with(url, connections.min(few)).await
+    }
+
+    pub async fn open_with(url: &str, connections: u32) -> Result<Self> {
         if let Some(path) = url.strip_prefix("sqlite:") {
             let options = SqliteConnectOptions::new()
                 .filename(path)
                 .create_if_missing(true)
                 .busy_timeout(Duration::from_secs(10))
                 .journal_mode(SqliteJournalMode::Wal);
-            let pool = SqlitePoolOptions::new().max_connections(connections.min(4));
+            let pool = SqlitePoolOptions::new().max_connections(connections);
             return Ok(Self::Sqlite(SqlStore::new("store", pool.connect_with(options).await?)));
         }
         let pool = PgPoolOptions::new().max_connections(connections).connect(url).await?;
@@ -108,6 +116,43 @@ impl Store {
     pub fn coordinator(&self, locks: Locks, lease: Duration, wait: Duration) -> Coordinator {
         let builder = Coordinator::builder(locks).lease(lease).wait(wait);
         either!(self, store => builder.store(store)).build()
+    }
+
+    /// The same store with a bug: where there is no lock service, no fence row is taken.
+    pub fn without_store_fence(&self) -> Result<Self> {
+        Ok(match self {
+            Self::Sqlite(store) => Self::Sqlite(planted_store(store, &sqlite::NO_STORE_FENCE)?),
+            Self::Postgres(store) => {
+                Self::Postgres(planted_store(store, &postgres::NO_STORE_FENCE)?)
+            }
+        })
+    }
+
+    /// A transaction that goes on without its lock service.
+    pub fn falling_back(&self, request: TransactionRequest) -> TransactionRequest {
+        let request = request.fallback(Fallback::StoreFence);
+        either!(self, store => request.stores([store]))
+    }
+
+    /// Adds one behind the fence: reads in a branch that only reads, thinks, and writes in one that
+    /// writes, where the first is not one already.
+    pub async fn add_in_two_steps(
+        &self,
+        tx: &Tx,
+        operation: &mut Operation,
+        think: Duration,
+    ) -> palisade::Result<()> {
+        either!(self, store => {
+            let read: i64 = {
+                let db = tx.read(store).await?;
+                sqlx::query_scalar(READ).bind(&operation.key).fetch_one(&db).await?
+            };
+            operation.reads(read);
+            sleep(think).await;
+            let db = tx.enlist(store).await?;
+            write_down!(operation, &db);
+        });
+        Ok(())
     }
 
     /// Adds one behind the fence: reads, thinks, writes.

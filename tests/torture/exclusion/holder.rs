@@ -69,6 +69,7 @@ pub async fn worker(settings: Settings, mut orders: UnboundedReceiver<Order>) ->
                 }
                 say(&Word::Forgot);
             }
+            Order::Cut | Order::Heal => {}
             Order::Last => break,
         }
     }

@@ -9,7 +9,7 @@ use super::stores::Loss;
 use super::{Backend, Verdict, locks, memory, stores};
 
 use Case::{Meaningless, Planted};
-use Scenario::{FailureInAcquire, LateRelease, LateRenewal, LostReply, Overlap, Overtaken};
+use Scenario::{CutOff, FailureInAcquire, LateRelease, LateRenewal, LostReply, Overlap, Overtaken};
 
 /// A bug, and what it is on each backend.
 #[derive(Clone, Copy, Debug)]
@@ -48,9 +48,10 @@ pub enum Scenario {
     LostReply,
     Overtaken(Loss),
     Overlap,
+    CutOff,
 }
 
-pub const BUGS: [Bug; 9] = [
+pub const BUGS: [Bug; 10] = [
     Bug {
         name: "no fence",
         redis_postgres: Planted(Overtaken(Loss::Lease), Plant::Fence(&postgres::NO_FENCE)),
@@ -79,6 +80,11 @@ pub const BUGS: [Bug; 9] = [
         name: "token >= without owner",
         redis_postgres: Planted(Overtaken(Loss::Memory), Plant::Fence(&postgres::WITHOUT_OWNER)),
         memory_sqlite: Planted(Overtaken(Loss::Memory), Plant::Fence(&sqlite::WITHOUT_OWNER)),
+    },
+    Bug {
+        name: "fence skipped without the lock service",
+        redis_postgres: Planted(CutOff, Plant::Fence(&postgres::NO_STORE_FENCE)),
+        memory_sqlite: Planted(CutOff, Plant::Fence(&sqlite::NO_STORE_FENCE)),
     },
     Bug {
         name: "release without owner",
@@ -134,6 +140,10 @@ impl Scenario {
             Overlap => {
                 let counter = Counter::start(backend, plant).await;
                 stores::overlap(&service, counter).await
+            }
+            CutOff => {
+                let counter = Counter::start(backend, plant).await;
+                stores::cut_off(&service, counter).await
             }
         }
     }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use palisade::store::{AnyBranch, Fence, Held, Outcome, Store};
+use palisade::store::{AnyBranch, Fence, Held, Issuer, Outcome, Store};
 use palisade::testing::planted_store;
 use palisade::{
     Branch, ClientId, FencingToken, Lease, LeaseState, Mode, OwnerId, ResourceKey, Result,
@@ -87,6 +87,16 @@ impl Counter {
         Ok(Work { branch, seen, late })
     }
 
+    /// The same for a process that is cut off from the lock service: the rows are its locks.
+    pub async fn begin_without_locks(&self) -> Result<Work> {
+        let owner = OwnerId::new(ClientId::random());
+        let fence = fence(owner, held(KEY, FencingToken::FIRST));
+        let state = Arc::default();
+        let branch = self.store.open(&Fence { issuer: Issuer::Store, state, ..fence }).await?;
+        let seen = read(&branch).await?;
+        Ok(Work { branch, seen, late: Vec::new() })
+    }
+
     /// Writes, commits, and counts what it is told.
     pub async fn write(&mut self, n: i64, work: Work) -> Result<()> {
         let Work { branch, late, .. } = work;
@@ -160,6 +170,7 @@ fn fence(owner: OwnerId, held: Held) -> Fence {
         attempt: Uuid::now_v7(),
         owner,
         held: vec![held],
+        issuer: Issuer::LockService,
         lease: Lease::new(WAIT).unwrap(),
         state: Arc::new(LeaseState::new(Instant::now() + LONG)),
         deadline: Instant::now() + WAIT,

@@ -79,6 +79,19 @@ pub mod postgres {
     pub const WITHOUT_OWNER: [Edit; 1] =
         [Edit { of: "fence", fragment: " AND f.write_owner = excluded.write_owner", instead: "" }];
 
+    /// Without a lock service no row is taken, and nothing is left behind.
+    pub const NO_STORE_FENCE: [Edit; 3] = [
+        Edit {
+            of: "store_fence",
+            ..fence(
+                "SELECT k.resource, NULL::uuid AS prior_tx
+                 FROM unnest($1::text[]) AS k (resource) /*",
+            )
+        },
+        Edit { of: "store_fence", ..REST },
+        Edit { of: "store_fence", fragment: "FOR NO KEY UPDATE", instead: "" },
+    ];
+
     const REST: Edit = Edit { fragment: "RETURNING f.resource, f.prior_tx", ..END_OF_COMMENT };
 }
 
@@ -102,6 +115,22 @@ pub mod sqlite {
 
     pub const WITHOUT_OWNER: [Edit; 1] =
         [Edit { of: "fence", fragment: " AND f.write_owner IS excluded.write_owner", instead: "" }];
+
+    /// As in PostgreSQL.
+    pub const NO_STORE_FENCE: [Edit; 2] = [
+        Edit {
+            of: "store_fence",
+            ..fence(
+                "SELECT json_extract(k.value, '$[0]'), NULL, i.token
+                 FROM json_each(?1) AS k CROSS JOIN issued AS i /*",
+            )
+        },
+        Edit {
+            of: "store_fence",
+            fragment: "RETURNING resource, prior_tx, max(write_token, read_token)",
+            ..REST
+        },
+    ];
 
     const REST: Edit = Edit { fragment: "RETURNING resource, prior_tx", ..END_OF_COMMENT };
 }

@@ -12,7 +12,7 @@
 
 mod bugs;
 mod counter;
-mod edits;
+pub mod edits;
 mod holder;
 mod locks;
 mod memory;

@@ -75,6 +75,26 @@ pub async fn overlap(service: &Service, mut counter: Counter) -> Verdict {
     verdict(&counter, woken, next).await
 }
 
+/// Between two branches of a process that holds the key, another one that is cut off from the lock
+/// service raises the counter, with nothing but the fence rows. The first then writes what it had
+/// read before.
+pub async fn cut_off(service: &Service, mut counter: Counter) -> Verdict {
+    counter.raise(service).await.unwrap();
+    let mut first = Holder::new(service, KEY, LONG);
+    first.acquire().await;
+    let seen = counter.look(&first).await.unwrap();
+    let work = counter.begin_without_locks().await.unwrap();
+    let next = counter.write(work.seen + 1, work).await;
+    let woken = match counter.begin(&first).await {
+        Ok(work) => counter.write(seen + 1, work).await,
+        Err(refused) => Err(refused),
+    };
+    first.release().await;
+    let work = counter.begin_without_locks().await.unwrap();
+    counter.write(work.seen + 1, work).await.unwrap();
+    verdict(&counter, woken, next).await
+}
+
 /// What the counter says, and what the two were told: one of them at least is not stale.
 async fn verdict(counter: &Counter, woken: Result<()>, next: Result<()>) -> Verdict {
     let told = |answer: &Result<()>| match answer {

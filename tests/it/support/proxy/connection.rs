@@ -39,9 +39,14 @@ struct Carrier {
 pub(super) async fn carry(mut client: TcpStream, mut server: TcpStream, shared: Arc<Shared>) {
     let mut carrier =
         Carrier { shared: Arc::clone(&shared), answered: true, due: None, trickles: None };
-    if let End::Struck(strike) = carrier.run(&mut client, &mut server).await {
+    let mut severed = shared.severed.subscribe();
+    let end = tokio::select! {
+        _ = severed.wait_for(|severed| *severed) => End::Closed,
+        end = carrier.run(&mut client, &mut server) => end,
+    };
+    if let End::Struck(strike) = end {
         tokio::select! {
-            () = end(client, server, strike.harm) => {}
+            () = self::end(client, server, strike.harm) => {}
             () = shared.calmed(strike.epoch) => {}
         }
     }

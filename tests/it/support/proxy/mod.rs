@@ -154,6 +154,7 @@ struct Shared {
     requests: AtomicUsize,
     connections: AtomicUsize,
     refuses: AtomicBool,
+    severed: watch::Sender<bool>,
 }
 
 /// A fault that waits for its request.
@@ -215,6 +216,11 @@ impl Proxy {
         self.shared.refuses.store(refuse, Ordering::SeqCst);
     }
 
+    /// Whether nobody gets through: connections that exist are closed, and so are new ones.
+    pub fn sever(&self, severed: bool) {
+        self.shared.severed.send_replace(severed);
+    }
+
     /// How often each fault has struck, by [`Fault::name`].
     pub fn struck(&self) -> BTreeMap<&'static str, usize> {
         self.shared.struck.lock().unwrap().clone()
@@ -242,7 +248,7 @@ async fn accept(listener: TcpListener, port: u16, shared: Arc<Shared>) {
     let mut connections = JoinSet::new();
     while let Ok((client, _)) = listener.accept().await {
         while connections.try_join_next().is_some() {}
-        if shared.refuses.load(Ordering::SeqCst) {
+        if shared.refuses.load(Ordering::SeqCst) || *shared.severed.borrow() {
             continue;
         }
         if let Ok(server) = TcpStream::connect(("127.0.0.1", port)).await {
