@@ -128,7 +128,7 @@ impl Service {
             }
             Outage::Wire(wire) => wire.cut.store(false, Ordering::Relaxed),
         }
-        while self.locks.inspect("stock:pen").await.is_err() {
+        while self.locks.lock("is it back?").try_acquire().await.is_err() {
             sleep(Duration::from_millis(20)).await;
         }
         Ok(())

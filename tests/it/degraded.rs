@@ -62,7 +62,7 @@ async fn sqlite() -> Bench<Sqlite> {
 
 /// Locks that find out soon that the server is away.
 async fn locks(port: u16) -> Locks {
-    let reconnect_for = Duration::from_millis(100);
+    let reconnect_for = Duration::from_millis(300);
     let options = RedisOptions { reconnect_for, ..RedisOptions::default() };
     let url = format!("redis://127.0.0.1:{port}");
     let started = std::time::Instant::now();

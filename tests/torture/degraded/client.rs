@@ -10,10 +10,10 @@ use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
 
-use super::{BUDGET, Refusal};
+use super::{BUDGET, KEYS, Refusal};
 use crate::Result;
 use crate::counter::Operation;
-use crate::counter::store::{COUNTERS, Store};
+use crate::counter::store::Store;
 use crate::history::{History, Outcome};
 use crate::support::Cuttable;
 use crate::worker::{Order, Settings, Word, say};
@@ -27,7 +27,7 @@ const PAUSE: Duration = Duration::from_millis(20);
 /// How often the budget of those without a fallback is tried.
 const PROBE: Duration = Duration::from_millis(100);
 /// When a driver reports an outage; the call ends then, or with the wait of the request.
-const SOON: Duration = Duration::from_millis(100);
+const SOON: Duration = Duration::from_millis(300);
 
 struct Client {
     settings: Settings,
@@ -139,7 +139,7 @@ impl Client {
         let prefix = prefix.to_owned();
         loop {
             let last = self.ending.load(Ordering::SeqCst);
-            let key = format!("{prefix}-{}", random.usize(..COUNTERS));
+            let key = format!("{prefix}-{}", random.usize(..KEYS));
             let think = if last { Duration::ZERO } else { THINK.mul_f64(random.f64()) };
             let done = self.add(&way, &key, think, last).await;
             if last {
