@@ -28,7 +28,7 @@ pub fn run(bench: &mut Bench) {
     let windows = [bench.window(450, 1_500), bench.window(450, 2_000)];
     let (mut ratios, mut fairness, mut commands) = (Vec::new(), Vec::new(), Vec::new());
     multi_thread().block_on(async {
-        let locks = palisade::connect(&server.url()).await.expect("a lock service");
+        let locks = crate::locks_without_hand_over(&server).await;
         for (waiters, window) in WAITERS.into_iter().zip(windows) {
             bench.report.measuring(format!("hand-over: {waiters} waiters"));
             let ring = ring(&server, waiters).await;
@@ -61,7 +61,7 @@ pub fn run_local(bench: &mut Bench) {
     let server = RedisServer::start();
     let window = bench.window(300, 1_000);
     let figures = multi_thread().block_on(async {
-        let locks = crate::locks_that_hand_over(&server).await;
+        let locks = palisade::connect(&server.url()).await.expect("a lock service");
         let mut figures = Vec::new();
         // Quickly, the smaller crowd only: a connection for each of many takes a while.
         for waiters in WAITERS.into_iter().take(if bench.quick { 1 } else { 2 }) {

@@ -82,7 +82,7 @@ pub fn run_idle(bench: &mut Bench) {
         let holder = palisade::connect(&server.url()).await.expect("a lock service");
         let long = Duration::from_secs(3_600);
         let guard = holder.lock("account:hot").ttl(long).acquire().await.expect("a free key");
-        let locks = palisade::connect(&server.url()).await.expect("a lock service");
+        let locks = crate::locks_without_hand_over(&server).await;
         let mut waiting = JoinSet::new();
         for _ in 0..WAITERS {
             waiting.spawn(locks.lock("account:hot").ttl(LEASE).wait(long).acquire());

@@ -98,9 +98,9 @@ fn current_thread() -> Runtime {
     Builder::new_current_thread().enable_all().build().expect("a runtime")
 }
 
-/// Locks whose waiters pass a lock on among themselves.
-async fn locks_that_hand_over(server: &RedisServer) -> Locks {
+/// Locks whose waiters all stand in line at the service.
+async fn locks_without_hand_over(server: &RedisServer) -> Locks {
     let mut options = LockOptions::default();
-    options.hand_over.enabled = true;
+    options.hand_over.enabled = false;
     palisade::connect_with(&server.url(), options).await.expect("a lock service")
 }

@@ -37,9 +37,9 @@ pub struct Locked {
 impl Locked {
     /// Who holds it. Others in this process may re-enter as this owner while it holds.
     ///
-    /// Another process is refused as busy where the lock was passed on within this process, because
-    /// the service does not know this owner then. To lend an owner to another process, make it with
-    /// [`Locks::owner`](crate::Locks::owner) and name it in the request.
+    /// Another process is refused as busy where several requests of this process had waited for the
+    /// lock, because the service does not know this owner then. To lend an owner to another
+    /// process, make it with [`Locks::owner`](crate::Locks::owner) and name it in the request.
     #[must_use]
     pub fn owner(&self) -> OwnerId {
         self.owner
@@ -203,6 +203,12 @@ impl LockGuard {
             }
         }
         Ok(())
+    }
+
+    /// Has grants that were handed over confirmed beside what comes next, because
+    /// [`confirmed`](Self::confirmed) will be waited for.
+    pub(crate) fn confirm_now(&self) {
+        self.holds.iter().for_each(Hold::confirm_now);
     }
 
     /// Waits until the service has confirmed grants that were handed over by a push. Work may start

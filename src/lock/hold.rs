@@ -3,20 +3,25 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use tokio::sync::SetOnce;
 use tokio::time::Instant;
-use tokio_util::sync::CancellationToken;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::protocol::{Part, Released};
 use crate::types::{FencingToken, Lease, LeaseState, OwnerId};
 
-use super::lane::{Lane, Seat, Turn, Waiter};
+use super::crowd::Seat;
+use super::lane::{Lane, Turn, Waiter};
 use super::owners::{Alias, Entry};
 use super::schedule::{Job, Settle};
 use super::service::Service;
 
 /// Longer leases have no longer claims.
 const CLAIMED: Duration = Duration::from_secs(30);
+
+/// How long a grant that was pushed waits for its confirmation while nobody asks for it. Work on a
+/// key that many want is mostly over sooner, and what was given up needs no confirmation.
+const UNASKED: Duration = Duration::from_millis(10);
 
 /// What the watchdog knows of a grant. It stays when the grant is passed on within the process.
 #[derive(Debug)]
@@ -25,10 +30,10 @@ pub(super) struct Kept {
     pub(super) lease: Lease,
     /// Whether the watchdog renews; if not, it only tells when the lease has run out.
     pub(super) renews: bool,
-    /// Cancelled when the service has confirmed the grant.
-    pub(super) confirmed: CancellationToken,
     /// Who may hold it next.
     pub(super) lane: Option<Arc<Lane>>,
+    /// Set when the service has confirmed the grant.
+    confirmed: SetOnce<()>,
     holder: Mutex<Holder>,
 }
 
@@ -46,8 +51,18 @@ impl Kept {
         (state, last): (Arc<LeaseState>, Instant),
         lane: Option<Arc<Lane>>,
     ) -> Self {
-        let (confirmed, holder) = (CancellationToken::new(), Mutex::new(Holder { state, last }));
-        Self { part, lease, renews, confirmed, lane, holder }
+        let (confirmed, holder) = (SetOnce::new(), Mutex::new(Holder { state, last }));
+        Self { part, lease, renews, lane, confirmed, holder }
+    }
+
+    /// Whether the service has confirmed the grant. One that was pushed has yet to be.
+    pub(super) fn is_confirmed(&self) -> bool {
+        self.confirmed.initialized()
+    }
+
+    pub(super) fn confirm(&self) {
+        // Only the first time counts.
+        let _ = self.confirmed.set(());
     }
 
     pub(super) fn is_held(&self) -> bool {
@@ -67,7 +82,7 @@ impl Kept {
     pub(super) fn renewed(&self, sent: Instant) {
         let deadline = sent + self.lease.get() - self.lease.drift();
         self.lock().state.extend(self.part.request, deadline);
-        self.confirmed.cancel();
+        self.confirm();
         if let Some(lane) = &self.lane {
             lane.set_unanswered(false);
         }
@@ -87,7 +102,7 @@ impl Kept {
         // Under the lock, so that it is not passed on meanwhile.
         self.lock().state.lose();
         if let Some(lane) = &self.lane {
-            lane.end(None);
+            lane.end();
         }
     }
 
@@ -100,7 +115,7 @@ impl Kept {
         let mut holder = self.lock();
         let now = Instant::now();
         let lease = self.lease.get();
-        let spare = match self.confirmed.is_cancelled() {
+        let spare = match self.is_confirmed() {
             true => lease / 3,
             false => lease.min(CLAIMED) / 10,
         };
@@ -190,12 +205,14 @@ impl Hold {
         Self { service, kept, owner, state, tokens, since, ended: false, _seat: seat }
     }
 
-    /// A pushed grant is confirmed at once, beside the work. Else the interval counts from when the
-    /// request was sent, as the deadline does: after a slow answer there is less time left.
+    /// A pushed grant is confirmed beside the work, while most of its claim is left. Else the
+    /// interval counts from when the request was sent, as the deadline does: after a slow answer
+    /// there is less time left.
     fn first_due(&self, deadline: Instant) -> Instant {
-        let Kept { lease, renews, confirmed, .. } = &*self.kept;
-        if !confirmed.is_cancelled() {
-            return self.since;
+        let Kept { lease, renews, .. } = &*self.kept;
+        if !self.kept.is_confirmed() {
+            let claimed = deadline.saturating_duration_since(self.since);
+            return self.since + UNASKED.min(claimed / 10);
         }
         if !renews {
             return deadline;
@@ -227,10 +244,19 @@ impl Hold {
         self.since
     }
 
+    /// Has a grant that was pushed confirmed now, because somebody will wait for it.
+    pub(super) fn confirm_now(&self) {
+        if !self.kept.is_confirmed() {
+            let (request, job) = (self.part().request, Job::Keep(Arc::clone(&self.kept)));
+            self.service.schedule.sooner(request, &job, Instant::now());
+        }
+    }
+
     /// Waits until the service has confirmed a grant that was pushed.
     pub(super) async fn confirmed(&self) -> Result<()> {
+        self.confirm_now();
         tokio::select! {
-            () = self.kept.confirmed.cancelled() => Ok(()),
+            () = self.kept.confirmed.wait() => Ok(()),
             () = self.state.lost().cancelled() => Err(lost("confirm", self.part())),
         }
     }
@@ -238,14 +264,9 @@ impl Hold {
     /// Gives the grant to the next in its lane; `false` when it is to be released.
     fn pass_on(&mut self) -> bool {
         let Some(lane) = self.kept.lane.clone() else { return false };
-        let Some((next, first, token)) = lane.next() else {
-            lane.end(None);
+        let Some((next, first, token)) = lane.next(|state| self.kept.pass(state)) else {
             return false;
         };
-        if !self.kept.pass(&next.state) {
-            lane.end(Some(next));
-            return false;
-        }
         self.strike_out();
         let Waiter { owner, state, .. } = &next;
         let alias = Some(Alias { owner: lane.owner(), token: first, instead: token });

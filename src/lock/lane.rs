@@ -1,59 +1,72 @@
 //! Hand-over within the process: waiters for the same keys pass a lock among themselves.
 //!
-//! # A place stands for a group
-//! Whoever finds its keys in use by this process asks the service for all who come after it: with
-//! one request, under an owner id of the lane's own, and for a block of tokens. The others
-//! join its *lane* and send nothing. When a holder gives up the lock, the next in the lane gets the
-//! same grant with an owner, a lease state and a token of its own, the next of the block. The
-//! service knows only the lane, so that none of the owner ids that requests have can re-enter a
-//! grant that was passed on. (`inspect` shows the id of the group: whoever asks as that owner
-//! does.)
+//! # A lane stands for a group
+//! Who finds its keys in use by this process waits for a *lane*: one request at the service for all
+//! who come, sent by a task of the lock service, under an owner of its own and for a block of
+//! tokens. When it is granted, the first who waits gets the grant, with an owner, a lease state and
+//! a token of its own, the next of the block; and whoever gives the lock up passes it to the next.
+//! The service knows only the lane. Nobody may ask as its owner, which is marked as one.
+//!
+//! # Why no caller asks for the others
+//! It could be dropped, time out, or be kept and not polled, and each of these would cost the
+//! others their place or their turn. So a place in the service's line lasts for as long as anybody
+//! waits for it, whoever that is, and only who was handed the lock can keep it from the others.
 //!
 //! # Fairness
 //! When somebody queues at the service directly behind a lane, the service says so, and nobody
-//! joins that lane any more. Who was in it came first and is served first; then the grant is
-//! released. So first come, first served holds across processes, up to the way of that notice. It
-//! may be lost: whoever waits repeats it with each refresh.
+//! joins that lane any more: who comes later waits for the next one. A lane serves nobody who waits
+//! for a later one. So first come, first served holds across processes, up to the way of that
+//! notice. It may be lost: whoever waits repeats it with each refresh.
 //!
 //! # When it ends
-//! A lane ends when its grant cannot be passed on: nobody is left, no token is left, its lease is
-//! lost or close to its end, or something else was locked under its owner. Whoever is left asks the
-//! service anew, in order: the first as the carrier of the next lane.
+//! A lane ends when its grant cannot be passed on: nobody is left whom it may serve, no token is
+//! left, its lease is lost or close to its end, or something else was locked under its owner.
+//! Whoever is left waits, in order, for the lanes that came after it, and for a new one.
+//!
+//! # If the process dies, stops, or hears nothing
+//! *In line*, the lane is dropped by the service after three refreshes; a process that was stopped
+//! for longer asks anew. If the answer to its first call is lost, so is the call: everybody in the
+//! lane learns that the service did not answer, and the request is cancelled. A lost answer to a
+//! refresh is made up for by the next. *Granted*, the lane holds its keys for a claim, and for a
+//! lease once that is confirmed; a lost push is made up for by the next refresh. *Passing on* sends
+//! nothing: a process that dies in the midst holds the keys for what is left of the lease, and one
+//! that was stopped for longer finds the grant too old to be passed on. What was passed to somebody
+//! who never looks is renewed for one lease, and then lapses. *Giving up* is a release like any
+//! other: sent again until it is answered, or its lease is over.
 //!
 //! # Why a grant that was pushed may be passed on before it is confirmed
 //! All who get it share one confirmation, and a transaction waits for it before it commits.
 
-use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::hash::{Hash, Hasher};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::oneshot;
-use tokio::time::Instant;
+use tokio::sync::{Notify, oneshot};
+use tokio::time::{Instant, sleep_until};
 
+use crate::error::Error;
 use crate::types::{FencingToken, Lease, LeaseState, OwnerId, Partition, Want};
 
+use super::crowd::Crowd;
 use super::hold::Hold;
 
 /// How many tokens a lane asks for. A pass takes a few microseconds and a round trip to the service
 /// about a hundred, so that with this many passes the round trip costs little more than one of
 /// them; and a lane uses a block up more slowly than the clock runs.
-const BLOCK: u32 = 256;
+pub(super) const BLOCK: u32 = 256;
 
 /// How waiters of one process hand a lock to each other.
 ///
-/// It is faster by an order of magnitude where many tasks of one process want the same keys. It is
-/// off unless it is asked for, because it asks something of the program: a request that was begun
-/// must be polled until it ends, or dropped. One that is kept and not polled may keep the other
-/// requests of its process from these keys until their time is over.
+/// It is faster by an order of magnitude where many tasks of one process want the same keys, and
+/// nobody of another process is overtaken. Requests take part that wait for exclusive keys, all in
+/// one partition, without naming an owner, a floor or metadata.
 ///
 /// ```
 /// let mut options = palisade::LockOptions::default();
-/// options.hand_over.enabled = true;
+/// options.hand_over.enabled = false;
 /// ```
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct LocalHandOver {
     /// Whether they do. If not, the service decides about each hand-over.
@@ -65,8 +78,14 @@ pub struct LocalHandOver {
     pub time: Duration,
 }
 
+impl Default for LocalHandOver {
+    fn default() -> Self {
+        Self { enabled: true, passes: 0, time: Duration::ZERO }
+    }
+}
+
 /// What is locked in one way: a lane is for exactly this.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct KeySet {
     pub(super) partition: Partition,
     pub(super) lease: Lease,
@@ -81,49 +100,37 @@ impl Hash for KeySet {
     }
 }
 
-/// All lanes of a lock service, by what they are for.
-#[derive(Debug, Default)]
-pub(super) struct Lanes {
-    table: Mutex<HashMap<Arc<KeySet>, Spot>>,
+/// Who wants to wait for a lane.
+pub(super) struct Asks {
+    pub(super) owner: OwnerId,
+    pub(super) state: Arc<LeaseState>,
+    pub(super) deadline: Instant,
 }
 
-/// What this process does about one set of keys.
-#[derive(Debug, Default)]
-struct Spot {
-    /// How many requests are under way or held by themselves.
-    plain: usize,
-    newest: Option<Arc<Lane>>,
-}
-
-/// How a request goes on.
-pub(super) enum Way {
-    /// Nobody here uses the keys: ask the service for this one alone.
-    Alone(Seat),
-    /// Ask the service for all who will join.
-    Carry(Carrier),
-    /// Wait until it is this one's turn.
-    Join(Place),
-}
-
-/// What a waiter in a lane is told.
+/// What a waiter is told.
 #[derive(Debug)]
 pub(super) enum Turn {
     /// It holds its keys.
     Held(Hold),
-    /// It is to ask the service, for itself and for those behind it.
-    Carry(Carrier),
+    /// The request that stood for it and others failed.
+    Failed(Arc<Error>),
     /// It is to ask the service for itself.
     Alone,
 }
 
-/// A request that waits in a lane.
+/// A request that waits for a lane.
 #[derive(Debug)]
 pub(super) struct Waiter {
     pub(super) owner: OwnerId,
     pub(super) state: Arc<LeaseState>,
-    /// Whether it came after the lane was followed.
-    late: bool,
-    turn: oneshot::Sender<Turn>,
+    pub(super) deadline: Instant,
+    /// Its place among all who wait for the same keys here.
+    pub(super) place: u64,
+    /// The lane that it waits for.
+    pub(super) lane: u64,
+    /// Whether it came after that lane was followed.
+    pub(super) late: bool,
+    pub(super) turn: oneshot::Sender<Turn>,
 }
 
 impl Waiter {
@@ -132,124 +139,54 @@ impl Waiter {
         drop(self.turn.send(turn));
     }
 
-    fn is_gone(&self) -> bool {
-        self.turn.is_closed()
+    /// Whether nothing can be done for it any more. Its future may not have noticed yet.
+    pub(super) fn is_gone(&self) -> bool {
+        self.deadline <= Instant::now() || !self.state.is_held()
     }
 }
 
-/// A place in a lane, given up when it is dropped.
+/// A place among those who wait, given up when it is dropped.
 pub(super) struct Place {
-    pub(super) lane: Arc<Lane>,
-    pub(super) turn: oneshot::Receiver<Turn>,
+    crowd: Arc<Crowd>,
+    number: u64,
+    turn: oneshot::Receiver<Turn>,
+    told: bool,
 }
 
-/// Marks keys as used by this process.
-#[derive(Debug)]
-pub(super) struct Seat {
-    lanes: Arc<Lanes>,
-    set: Arc<KeySet>,
+impl Place {
+    pub(super) fn new(crowd: Arc<Crowd>, number: u64, turn: oneshot::Receiver<Turn>) -> Self {
+        Self { crowd, number, turn, told: false }
+    }
+
+    /// Waits for the turn; `None` when it can never come.
+    pub(super) async fn turn(&mut self) -> Option<Turn> {
+        let turn = (&mut self.turn).await.ok();
+        self.told = true;
+        turn
+    }
+
+    /// Whether the service has stopped answering, or has not answered for `least`.
+    pub(super) fn is_unanswered(&self, least: Duration) -> bool {
+        self.crowd.is_unanswered(least)
+    }
 }
 
-impl Drop for Seat {
+impl Drop for Place {
     fn drop(&mut self) {
-        let mut table = self.lanes.lock();
-        if let Some(spot) = table.get_mut(&self.set) {
-            spot.plain = spot.plain.saturating_sub(1);
-        }
-        forget_if_unused(&mut table, &self.set);
-    }
-}
-
-/// The request of a lane at the service, before it is granted. Dropped, it leaves the others to go
-/// on without it.
-#[derive(Debug)]
-pub(super) struct Carrier {
-    lane: Option<Arc<Lane>>,
-}
-
-impl Carrier {
-    pub(super) fn lane(&self) -> Option<&Arc<Lane>> {
-        self.lane.as_ref()
-    }
-
-    /// The grant was made: whoever holds it ends the lane.
-    pub(super) fn granted(mut self) -> Option<Arc<Lane>> {
-        self.lane.take()
-    }
-}
-
-impl Drop for Carrier {
-    fn drop(&mut self) {
-        if let Some(lane) = self.lane.take() {
-            lane.end(None);
+        if !self.told {
+            self.crowd.leave(self.number);
         }
     }
 }
 
-impl Lanes {
-    /// Finds the way of a new request.
-    pub(super) fn enter(
-        self: &Arc<Self>,
-        set: KeySet,
-        (owner, state): (OwnerId, &Arc<LeaseState>),
-        rules: LocalHandOver,
-    ) -> Way {
-        let set = Arc::new(set);
-        let mut table = self.lock();
-        let spot = table.entry(Arc::clone(&set)).or_default();
-        if let Some(lane) = &spot.newest {
-            let (turn, told) = oneshot::channel();
-            let state = Arc::clone(state);
-            if lane.join(Waiter { owner, state, late: false, turn }) {
-                return Way::Join(Place { lane: Arc::clone(lane), turn: told });
-            }
-        } else if spot.plain == 0 {
-            spot.plain = 1;
-            return Way::Alone(Seat { lanes: Arc::clone(self), set });
-        }
-        let lane = Lane::new(Arc::clone(self), set, owner, rules, VecDeque::new());
-        spot.newest = Some(Arc::clone(&lane));
-        Way::Carry(Carrier { lane: Some(lane) })
-    }
-
-    fn lock(&self) -> MutexGuard<'_, HashMap<Arc<KeySet>, Spot>> {
-        self.table.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-fn forget_if_unused(table: &mut HashMap<Arc<KeySet>, Spot>, set: &Arc<KeySet>) {
-    if table.get(set).is_some_and(|spot| spot.plain == 0 && spot.newest.is_none()) {
-        table.remove(set);
-    }
-}
-
-/// Requests of this process that one request at the service stands for.
+/// One request at the service, and the right to serve those who wait for it.
 pub(super) struct Lane {
-    lanes: Arc<Lanes>,
-    set: Arc<KeySet>,
+    crowd: Arc<Crowd>,
+    /// Later lanes have higher numbers.
+    pub(super) number: u64,
     owner: OwnerId,
-    rules: LocalHandOver,
-    /// Whether the service has stopped answering.
-    unanswered: AtomicBool,
-    state: Mutex<State>,
-}
-
-struct State {
-    waiters: VecDeque<Waiter>,
-    /// The first token, once there is a grant.
-    first: Option<FencingToken>,
-    /// How many tokens there are, or were asked for.
-    block: u32,
-    /// How many of them are used, the one of the carrier among them.
-    used: u32,
-    /// Who holds the grant now.
-    holder: Option<OwnerId>,
-    /// Whether a holder has locked something else under the owner of the lane.
-    shared: bool,
-    followed: Option<Instant>,
-    /// How many have joined since.
-    late: u32,
-    ended: bool,
+    /// Told when nobody waits for it any more.
+    pub(super) left: Notify,
 }
 
 impl fmt::Debug for Lane {
@@ -259,27 +196,8 @@ impl fmt::Debug for Lane {
 }
 
 impl Lane {
-    /// `of` is any owner of this client.
-    fn new(
-        lanes: Arc<Lanes>,
-        set: Arc<KeySet>,
-        of: OwnerId,
-        rules: LocalHandOver,
-        waiters: VecDeque<Waiter>,
-    ) -> Arc<Self> {
-        let state = State {
-            waiters,
-            first: None,
-            block: BLOCK,
-            used: 1,
-            holder: None,
-            shared: false,
-            followed: None,
-            late: 0,
-            ended: false,
-        };
-        let (unanswered, state) = (AtomicBool::new(false), Mutex::new(state));
-        Arc::new(Self { lanes, set, owner: OwnerId::new(of.client()), rules, unanswered, state })
+    pub(super) fn new(crowd: Arc<Crowd>, number: u64, owner: OwnerId) -> Arc<Self> {
+        Arc::new(Self { crowd, number, owner, left: Notify::new() })
     }
 
     /// Who asks at the service.
@@ -287,152 +205,64 @@ impl Lane {
         self.owner
     }
 
-    /// How many tokens are asked for.
-    pub(super) fn block(&self) -> u32 {
-        BLOCK
-    }
-
-    /// Takes a waiter in, if the lane is open to those who come now.
-    fn join(&self, waiter: Waiter) -> bool {
-        let mut state = self.lock();
-        let late = state.followed.is_some();
-        let in_time = state.followed.is_none_or(|since| since.elapsed() < self.rules.time);
-        if state.ended || state.shared || !in_time || (late && state.late >= self.rules.passes) {
-            return false;
-        }
-        if state.is_full() {
-            state.waiters.retain(|waiter| !waiter.is_gone());
-            if state.is_full() {
-                return false;
-            }
-        }
-        state.late += u32::from(late);
-        state.waiters.push_back(Waiter { late, ..waiter });
-        true
+    /// What it asks for.
+    pub(super) fn set(&self) -> &KeySet {
+        &self.crowd.set
     }
 
     /// Somebody stands at the service behind this lane.
     pub(super) fn follow(&self) {
-        self.lock().followed.get_or_insert_with(Instant::now);
+        self.crowd.follow(self.number);
     }
 
+    /// The request was sent now, or has been answered.
+    pub(super) fn asked(&self, open: bool) {
+        self.crowd.asked(self.number, open);
+    }
+
+    /// What became of the last call that kept the request or its grant alive.
     pub(super) fn set_unanswered(&self, unanswered: bool) {
-        self.unanswered.store(unanswered, Ordering::Relaxed);
+        self.crowd.set_unanswered(unanswered);
     }
 
-    pub(super) fn is_unanswered(&self) -> bool {
-        self.unanswered.load(Ordering::Relaxed)
-    }
-
-    /// The service has granted the request of the lane. Waiters for whom there is no token ask anew
-    /// at once.
-    pub(super) fn granted(self: &Arc<Self>, holder: OwnerId, first: FencingToken, block: u32) {
-        let mut state = self.lock();
-        state.first = Some(first);
-        state.block = block;
-        state.holder = Some(holder);
-        let served = usize::try_from(block.saturating_sub(1)).unwrap_or(usize::MAX);
-        let surplus = state.waiters.len().min(served);
-        let surplus = state.waiters.split_off(surplus);
-        drop(state);
-        if !surplus.is_empty() {
-            self.leave_to_others(surplus);
+    /// Resolves when nobody waits for this lane any more; then it has ended.
+    pub(super) async fn deserted(&self) {
+        while let Some(latest) = self.crowd.latest(self.number) {
+            tokio::select! {
+                () = self.left.notified() => {}
+                () = sleep_until(latest) => {}
+            }
         }
+    }
+
+    /// The service has granted the request. Returns who gets the grant; if nobody is left, the lane
+    /// has ended.
+    pub(super) fn granted(&self, first: FencingToken, block: u32) -> Option<Waiter> {
+        self.crowd.granted(self.number, first, block).map(|(waiter, ..)| waiter)
+    }
+
+    /// The next holder, if `pass` makes its state the one of the grant, with the token that the
+    /// service knows, and its own. `None` when the grant is not passed on; then the lane has ended.
+    pub(super) fn next(
+        &self,
+        pass: impl FnOnce(&Arc<LeaseState>) -> bool,
+    ) -> Option<(Waiter, FencingToken, FencingToken)> {
+        self.crowd.next(self.number, pass)
     }
 
     /// Whether `owner` still holds the grant. If so, it is not passed on any more: what else is
     /// locked under the owner of the lane would go with it.
     pub(super) fn share(&self, owner: OwnerId) -> bool {
-        let mut state = self.lock();
-        let holds = state.holder == Some(owner);
-        state.shared |= holds;
-        holds
+        self.crowd.share(self.number, owner)
     }
 
-    /// The next holder, with the token that the service knows, and its own; from here on the grant
-    /// is its.
-    pub(super) fn next(&self) -> Option<(Waiter, FencingToken, FencingToken)> {
-        let mut state = self.lock();
-        while state.waiters.front().is_some_and(Waiter::is_gone) {
-            state.waiters.pop_front();
-        }
-        let first = state.first.filter(|_| !state.ended && !state.shared)?;
-        let late = state.waiters.front()?.late;
-        let over = state.followed.is_some_and(|since| since.elapsed() >= self.rules.time);
-        if state.used >= state.block || (late && over) {
-            return None;
-        }
-        let token = FencingToken::new(first.get() + u64::from(state.used))?;
-        let next = state.waiters.pop_front()?;
-        state.used += 1;
-        state.holder = Some(next.owner);
-        Some((next, first, token))
+    /// The grant is lost.
+    pub(super) fn end(&self) {
+        self.crowd.end(self.number);
     }
 
-    /// Ends the lane. Whoever is left, `first` before the others, asks the service anew.
-    pub(super) fn end(self: &Arc<Self>, first: Option<Waiter>) {
-        let mut left = self.close();
-        if let Some(first) = first {
-            left.push_front(first);
-        }
-        self.leave_to_others(left);
-    }
-
-    /// Ends the lane because the service does not answer: everybody asks for itself, and learns of
-    /// it within its own time.
-    pub(super) fn disperse(self: &Arc<Self>) {
-        let left = self.close();
-        self.leave_to_others(VecDeque::new());
-        left.into_iter().for_each(|waiter| waiter.tell(Turn::Alone));
-    }
-
-    fn close(&self) -> VecDeque<Waiter> {
-        let mut state = self.lock();
-        state.ended = true;
-        state.holder = None;
-        std::mem::take(&mut state.waiters)
-    }
-
-    /// Takes this lane out of the table, and puts `waiters` into the lane that came after it, or
-    /// into a new one whose carrier is the first of them.
-    fn leave_to_others(self: &Arc<Self>, mut waiters: VecDeque<Waiter>) {
-        waiters.retain(|waiter| !waiter.is_gone());
-        let mut table = self.lanes.lock();
-        let spot = table.entry(Arc::clone(&self.set)).or_default();
-        spot.newest.take_if(|newest| Arc::ptr_eq(newest, self));
-        if let Some(later) = &spot.newest {
-            waiters = later.take_before(waiters);
-        }
-        let Some(first) = waiters.pop_front() else {
-            return forget_if_unused(&mut table, &self.set);
-        };
-        let (lanes, set) = (Arc::clone(&self.lanes), Arc::clone(&self.set));
-        let lane = Lane::new(lanes, set, self.owner, self.rules, waiters);
-        spot.newest = Some(Arc::clone(&lane));
-        drop(table);
-        first.tell(Turn::Carry(Carrier { lane: Some(lane) }));
-    }
-
-    /// Puts waiters who came earlier before those who are here. Returns them if the lane has ended.
-    fn take_before(&self, mut earlier: VecDeque<Waiter>) -> VecDeque<Waiter> {
-        let mut state = self.lock();
-        if state.ended {
-            return earlier;
-        }
-        earlier.iter_mut().for_each(|waiter| waiter.late = false);
-        earlier.append(&mut state.waiters);
-        state.waiters = earlier;
-        VecDeque::new()
-    }
-
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl State {
-    fn is_full(&self) -> bool {
-        let waiting = u32::try_from(self.waiters.len()).unwrap_or(u32::MAX);
-        self.used.saturating_add(waiting) >= self.block
+    /// Ends a lane that was not granted, and tells all who wait for it.
+    pub(super) fn disband(&self, turn: impl Fn() -> Turn) {
+        self.crowd.disband(self.number, turn);
     }
 }

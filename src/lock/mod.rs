@@ -15,6 +15,7 @@
 //! ```
 
 mod asking;
+mod crowd;
 mod guard;
 mod health;
 mod hold;
@@ -29,7 +30,7 @@ mod wait;
 mod wakefulness;
 mod watchdog;
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -40,7 +41,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::protocol::{Backoff, BreakerOptions, BreakerState, Inspection};
 use crate::types::{ClientId, Mode, OwnerId, ResourceKey};
 
-use lane::Lanes;
+use crowd::Crowds;
 use owners::Owners;
 use schedule::Schedule;
 use service::Service;
@@ -143,21 +144,23 @@ impl Locks {
             call_timeout: options.call_timeout,
         };
         tokio::spawn(watchdog.run());
-        let (owners, lanes) = (Arc::new(Owners::default()), Arc::new(Lanes::default()));
-        let closing = CancellationToken::new();
-        let service = Service {
-            backend,
-            client,
-            options,
-            owners,
-            lanes,
-            schedule,
-            counters,
-            vitals,
-            wakefulness,
-            closing,
-        };
-        Ok(Self { service: Arc::new(service) })
+        let (owners, closing) = (Arc::new(Owners::default()), CancellationToken::new());
+        let service = Arc::new_cyclic(|service| {
+            let crowds = Arc::new(Crowds::new(client, options.hand_over, Weak::clone(service)));
+            Service {
+                backend,
+                client,
+                options,
+                owners,
+                crowds,
+                schedule,
+                counters,
+                vitals,
+                wakefulness,
+                closing,
+            }
+        });
+        Ok(Self { service })
     }
 
     /// Asks for one key, exclusively unless the request says otherwise.
@@ -221,7 +224,8 @@ impl Locks {
     }
 
     /// Shows who holds a key and who waits for it, as the service sees it: waiters of one process
-    /// that pass a lock among themselves have one entry, under an owner of its own.
+    /// that pass a lock among themselves have one entry, under an owner that stands for all of them
+    /// ([`OwnerId::is_group`]). A request that names that owner is refused.
     ///
     /// # Errors
     /// [`InvalidInput`](ErrorKind::InvalidInput) for a bad key, and the errors of the service.

@@ -3,12 +3,12 @@
 //! The grant rule needs to know what an owner holds *elsewhere* before it may wait, and only the
 //! client that made the owner can know that.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::protocol::{Admission, admit};
 use crate::types::{
-    ClientId, FencingToken, LeaseState, OwnerId, Partition, RequestId, ResourceKey, Want,
+    ClientId, FencingToken, IdMap, LeaseState, OwnerId, Partition, RequestId, ResourceKey, Want,
 };
 
 use super::lane::Lane;
@@ -23,7 +23,7 @@ pub(super) struct Owners {
 
 #[derive(Debug, Default)]
 struct Books {
-    open: HashMap<OwnerId, Book>,
+    open: IdMap<OwnerId, Book>,
     fenced_out: VecDeque<OwnerId>,
 }
 
@@ -135,7 +135,11 @@ impl Owners {
         if books.fenced_out.contains(&owner) {
             entry.state.lose();
         }
-        books.open.entry(owner).or_default().entries.push(entry);
+        let entries = &mut books.open.entry(owner).or_default().entries;
+        if entries.is_empty() {
+            entries.reserve_exact(1); // most owners have no second one
+        }
+        entries.push(entry);
     }
 
     /// Strikes a grant out.

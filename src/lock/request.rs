@@ -66,6 +66,8 @@ impl LockRequest {
 
     fn with<K: AsRef<str>>(mut self, keys: impl IntoIterator<Item = K>, mode: Mode) -> Self {
         if let Ok(wants) = &mut self.wants {
+            let keys = keys.into_iter();
+            wants.reserve_exact(keys.size_hint().0.min(MAX_KEYS));
             for key in keys {
                 match ResourceKey::parse(key) {
                     Ok(key) => wants.push(Want::new(key, mode)),
@@ -93,7 +95,8 @@ impl LockRequest {
     /// How long [`LockRequest::acquire`] and [`LockRequest::with_lock`] wait. Zero tries once.
     ///
     /// The service has at least a tenth of [`LockOptions::call_timeout`](crate::LockOptions) to
-    /// answer at all, however short the wait.
+    /// answer at all, however short the wait, unless others of this process are before this
+    /// request.
     pub fn wait(mut self, wait: Duration) -> Self {
         self.wait = wait.min(MAX_WAIT);
         self
@@ -164,8 +167,8 @@ impl LockRequest {
     /// Locks all keys, waiting in line for them.
     ///
     /// # Errors
-    /// - [`InvalidInput`](ErrorKind::InvalidInput): no key, too many, a bad key or lease; nothing
-    ///   was sent.
+    /// - [`InvalidInput`](ErrorKind::InvalidInput): no key, too many, a bad key or lease, or an
+    ///   owner that stands for a group; nothing was sent.
     /// - [`TimedOut`](ErrorKind::TimedOut): others held a key until the wait was over;
     ///   [`Busy`](ErrorKind::Busy) when the request was not to wait.
     /// - [`WouldDeadlock`](ErrorKind::WouldDeadlock): the owner holds other keys, and waiting for
@@ -237,7 +240,7 @@ impl LockRequest {
         }
     }
 
-    async fn send(self, wait: Option<Duration>) -> Result<LockGuard> {
+    async fn send(mut self, wait: Option<Duration>) -> Result<LockGuard> {
         let order = self.order(wait)?;
         let keys = order.wants.len();
         let span = tracing::debug_span!("palisade.acquire", owner = %order.owner, keys);
@@ -247,11 +250,17 @@ impl LockRequest {
     }
 
     /// Checks everything before anything is sent.
-    fn order(&self, wait: Option<Duration>) -> Result<Order> {
+    fn order(&mut self, wait: Option<Duration>) -> Result<Order> {
         let invalid = |detail: String| Error::new(ErrorKind::InvalidInput, "acquire", detail);
-        let wants = self.wants.clone().map_err(invalid)?;
+        let wants = std::mem::replace(&mut self.wants, Ok(Vec::new())).map_err(invalid)?;
         if wants.is_empty() {
             return Err(invalid("no key was named; name at least one".to_owned()));
+        }
+        if self.owner.is_some_and(OwnerId::is_group) {
+            let detail = "the owner stands for a group of waiters of one process, and what it \
+                          holds is now one's and now another's; to share a lock, name an owner \
+                          that was made by `Locks::owner` in all requests";
+            return Err(invalid(detail.to_owned()));
         }
         let partitions = self.service.backend.capabilities().partitions;
         let place = |want: Want| (want.key.partition(partitions), want);
@@ -272,10 +281,10 @@ impl LockRequest {
             retry: self.retry,
             limit: self.limit,
             floor: self.floor,
-            metadata: self.metadata.clone(),
+            metadata: self.metadata.take(),
             renews: self.renews,
             max_hold: self.max_hold,
-            state: self.state.clone().unwrap_or_default(),
+            state: self.state.take().unwrap_or_default(),
         })
     }
 }

@@ -4,7 +4,7 @@
 //! before it means to wake anyway; the common case of a lock that is held for less than a third of
 //! its lease costs a few map operations and no wake-up.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use crate::protocol::{Followed, Grant, Part};
-use crate::types::{OwnerId, RequestId};
+use crate::types::{IdMap, OwnerId, RequestId};
 
 use super::hold::Kept;
 use super::wait::Waiting;
@@ -31,7 +31,7 @@ pub(super) struct Schedule {
 
 #[derive(Debug, Default)]
 struct Table {
-    jobs: HashMap<RequestId, (Job, Option<Instant>)>,
+    jobs: IdMap<RequestId, (Job, Option<Instant>)>,
     due: BTreeSet<(Instant, RequestId)>,
     wakes_at: Option<Instant>,
     /// Whether anything was put in since the watchdog last found nothing to do.
@@ -97,9 +97,25 @@ impl Schedule {
 
     /// Sets the next time of a job that is still there and is still of the same kind.
     pub(super) fn again(&self, request: RequestId, kind: &Job, due: Instant) {
+        self.set(request, kind, due, |_| true);
+    }
+
+    /// As [`Schedule::again`], for a job that is planned for later; one under way is left alone.
+    pub(super) fn sooner(&self, request: RequestId, kind: &Job, due: Instant) {
+        self.set(request, kind, due, |at| at.is_some_and(|at| at > due));
+    }
+
+    fn set(
+        &self,
+        request: RequestId,
+        kind: &Job,
+        due: Instant,
+        when: impl FnOnce(Option<Instant>) -> bool,
+    ) {
         let mut table = self.lock();
         if let Some((job, at)) = table.jobs.get_mut(&request)
             && job.is_like(kind)
+            && when(*at)
         {
             let old = at.replace(due);
             if let Some(old) = old {

@@ -16,9 +16,10 @@ use crate::protocol::{Admission, Backoff, Standing};
 use crate::types::{ClientId, FencingToken, Lease, LeaseState, OwnerId, Partition, Want};
 
 use super::LockOptions;
-use super::asking::{Answer, Asking, Terms, held};
+use super::asking::{Answer, Terms, held, instead};
+use super::crowd::{Crowds, Way};
 use super::hold::Hold;
-use super::lane::{Lanes, Turn, Way};
+use super::lane::Turn;
 use super::owners::{Entrance, Owners};
 use super::schedule::Schedule;
 use super::statistics::Counters;
@@ -30,7 +31,7 @@ pub(super) struct Service {
     pub(super) client: ClientId,
     pub(super) options: LockOptions,
     pub(super) owners: Arc<Owners>,
-    pub(super) lanes: Arc<Lanes>,
+    pub(super) crowds: Arc<Crowds>,
     pub(super) schedule: Arc<Schedule>,
     pub(super) counters: Arc<Counters>,
     pub(super) vitals: Arc<Vitals>,
@@ -93,7 +94,8 @@ impl Service {
             return Err(closed());
         }
         self.vitals.check()?;
-        let mut holds = Vec::new();
+        // Almost every request is one part.
+        let mut holds = Vec::with_capacity(1);
         for part in order.wants.chunk_by(|(a, _), (b, _)| a == b) {
             let Some((partition, _)) = part.first() else { continue };
             let wants: Arc<[Want]> = part.iter().map(|(_, want)| want.clone()).collect();
@@ -151,15 +153,14 @@ impl Service {
     ) -> Result<Option<Hold>> {
         let started = Instant::now();
         let mut attempt = 0;
-        let mut asking = Asking::default();
+        let mut seat = None;
         match self.way(order, partition, wants, terms) {
-            Some(Way::Alone(seat)) => asking.seat = Some(seat),
-            Some(Way::Carry(carrier)) => asking.carrier = Some(carrier),
+            Some(Way::Alone(taken)) => seat = Some(taken),
             Some(Way::Join(place)) => match self.stand_in_lane(order, wants, place).await? {
                 Turn::Held(hold) => {
                     return held(order, hold.taken(order.max_hold)).map(Some);
                 }
-                Turn::Carry(carrier) => asking.carrier = Some(carrier),
+                Turn::Failed(error) => return Err(instead(&error)),
                 Turn::Alone => {}
             },
             None => {}
@@ -168,17 +169,11 @@ impl Service {
             if !self.schedule.is_alive() {
                 return Err(closed());
             }
-            let ask = self.request(order, partition, wants, terms, &asking);
-            let refusal = match self.ask_once(order, terms, ask, &mut asking).await {
-                Ok(Answer::Held(hold)) => return held(order, hold).map(Some),
-                Ok(Answer::Forgotten) => continue,
-                Ok(Answer::Busy(error, waiters)) => (error, waiters),
-                Err(error) => {
-                    if let Some(lane) = asking.lane().filter(|_| error.is_unavailable()) {
-                        lane.disperse();
-                    }
-                    return Err(error);
-                }
+            let ask = self.request(order, partition, wants, terms);
+            let refusal = match self.ask_once(order, terms, ask, &mut seat).await? {
+                Answer::Held(hold) => return held(order, hold).map(Some),
+                Answer::Forgotten => continue,
+                Answer::Busy(error, waiters) => (error, waiters),
             };
             let pause = self.pause(order, terms, refusal, attempt, started.elapsed())?;
             tokio::time::sleep(pause).await;

@@ -26,6 +26,8 @@ pub struct Statistics {
     pub lost: u64,
     /// Grants that are held now.
     pub active: u64,
+    /// Requests that wait in line now, for the service or for others of this process.
+    pub waiting: u64,
     /// The mean time from grant to release, of those that were given up.
     pub mean_hold: Duration,
 }
@@ -39,6 +41,7 @@ pub(super) struct Counters {
     released: AtomicU64,
     renewed: AtomicU64,
     lost: AtomicU64,
+    waiting: AtomicU64,
     ended: AtomicU64,
     hold_us: AtomicU64,
 }
@@ -55,8 +58,16 @@ impl Counters {
             renewed: read(&self.renewed),
             lost: read(&self.lost),
             active: read(&self.acquired).saturating_sub(read(&self.ended)),
+            waiting: read(&self.waiting),
             mean_hold: Duration::from_micros(read(&self.hold_us) / released.max(1)),
         }
+    }
+
+    /// A request waits in line, until what is returned is dropped.
+    pub(super) fn waits(&self) -> Waits<'_> {
+        self.waiting.fetch_add(1, Ordering::Relaxed);
+        observe::waits();
+        Waits(self)
     }
 
     /// A request got all it asked for.
@@ -98,6 +109,16 @@ impl Counters {
     }
 }
 
+/// One request that waits in line.
+pub(super) struct Waits<'a>(&'a Counters);
+
+impl Drop for Waits<'_> {
+    fn drop(&mut self) {
+        self.0.waiting.fetch_sub(1, Ordering::Relaxed);
+        observe::waits_no_more();
+    }
+}
+
 /// The state of the breaker, as it is at first.
 pub(super) fn breaker_is(state: BreakerState) {
     observe::breaker(state);
@@ -134,6 +155,14 @@ mod observe {
             BreakerState::Open => "open",
         };
         counter!("palisade_breaker_transitions_total", "to" => to).increment(1);
+    }
+
+    pub(super) fn waits() {
+        gauge!("palisade_locks_waiting").increment(1);
+    }
+
+    pub(super) fn waits_no_more() {
+        gauge!("palisade_locks_waiting").decrement(1);
     }
 
     pub(super) fn waited(waited: Duration) {
@@ -173,6 +202,8 @@ mod observe {
 
     pub(super) fn breaker(_state: BreakerState) {}
     pub(super) fn turned(_to: BreakerState) {}
+    pub(super) fn waits() {}
+    pub(super) fn waits_no_more() {}
     pub(super) fn waited(_waited: Duration) {}
     pub(super) fn granted() {}
     pub(super) fn failed(_kind: ErrorKind) {}

@@ -103,16 +103,16 @@ impl Waiting {
     }
 
     /// The first end stands, but a confirmation improves a pushed grant that nobody has taken yet.
-    /// Only the push told how many tokens were reserved.
+    /// How many tokens were reserved is told by the push, and by the answer only if that call made
+    /// the grant; either may come first.
     fn end(&self, mut turn: Turn) {
         let mut state = self.lock();
-        if let (
-            Turn::Granted { grant, confirmed: true, .. },
-            Some(Turn::Granted { grant: pushed, .. }),
-        ) = (&mut turn, &state.outcome)
-            && grant.tokens == pushed.tokens
+        if let (Turn::Granted { grant, .. }, Some(Turn::Granted { grant: known, .. })) =
+            (&mut turn, &mut state.outcome)
+            && grant.tokens == known.tokens
         {
-            grant.block = grant.block.max(pushed.block);
+            let block = grant.block.max(known.block);
+            (grant.block, known.block) = (block, block);
         }
         let confirms = matches!(turn, Turn::Granted { confirmed: true, .. });
         if state.outcome.is_none() || confirms {
@@ -124,5 +124,44 @@ impl Waiting {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::types::Want;
+    use crate::types::{ClientId, FencingToken, Mode, OwnerId, Partition, RequestId, ResourceKey};
+
+    fn grant(request: RequestId, block: u32) -> Grant {
+        Grant { request, tokens: vec![FencingToken::FIRST], block }
+    }
+
+    #[tokio::test]
+    async fn push_and_refresh_come_in_any_order_and_the_block_is_known() {
+        let wants = [Want::new(ResourceKey::parse("k").unwrap(), Mode::Exclusive)].into();
+        let (owner, request) = (OwnerId::group(ClientId::random()), RequestId::next());
+        let part = Part { partition: Partition(0), owner, request, wants };
+        let lease = Lease::new(Duration::from_secs(10)).unwrap();
+        for (pushed, refreshed, push_first) in
+            [(256, 1, true), (256, 1, false), (1, 256, true), (1, 256, false), (256, 256, false)]
+        {
+            let waiting = Waiting::new(part.clone(), lease, Instant::now(), None);
+            let push = || waiting.pushed(grant(request, pushed));
+            let refresh = || waiting.granted(grant(request, refreshed), Instant::now());
+            if push_first {
+                push();
+                refresh();
+            } else {
+                refresh();
+                push();
+            }
+            let Turn::Granted { grant, confirmed, .. } = waiting.turn().await else {
+                panic!("forgotten")
+            };
+            assert_eq!((grant.block, confirmed), (256, true), "{pushed} {refreshed} {push_first}");
+        }
     }
 }

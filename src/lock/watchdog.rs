@@ -135,7 +135,7 @@ impl Watchdog {
             return None;
         }
         let deadline = kept.deadline().unwrap_or(now);
-        let confirmed = kept.confirmed.is_cancelled();
+        let confirmed = kept.is_confirmed();
         if confirmed && (!kept.renews || now >= kept.last()) {
             self.schedule.again(request, &job, deadline);
             return None;

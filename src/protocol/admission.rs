@@ -73,16 +73,16 @@ pub fn admit(
     {
         return Admission::Upgrade(upgrade.clone());
     }
-    let (old, new): (Vec<_>, Vec<_>) =
-        wants.iter().cloned().partition(|want| mode_held(want).is_some());
-    if new.is_empty() {
+    let old = wants.iter().filter(|want| mode_held(want).is_some()).count();
+    if old == wants.len() {
         return Admission::Ask { standing: Standing::Incremental, queue: false, retry: false };
     }
     if waiting {
         return Admission::Waiting;
     }
-    if !old.is_empty() {
-        return Admission::Split { held: old, new };
+    if old > 0 {
+        let (held, new) = wants.iter().cloned().partition(|want| mode_held(want).is_some());
+        return Admission::Split { held, new };
     }
     if !local {
         return Admission::Ask { standing: Standing::Fresh, queue: false, retry: false };
@@ -92,7 +92,7 @@ pub fn admit(
     }
     let here = held.iter().any(|(at, _)| *at == partition);
     let sorted = held.iter().all(|(at, have)| {
-        new.first().is_some_and(|want| (*at, &have.key) < (partition, &want.key))
+        wants.first().is_some_and(|want| (*at, &have.key) < (partition, &want.key))
     });
     let standing = if here { Standing::Incremental } else { Standing::Fresh };
     Admission::Ask { standing, queue: false, retry: sorted }

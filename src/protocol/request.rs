@@ -94,8 +94,9 @@ pub struct Grant {
     /// One token per key, in the order of the request's wants. A key that the owner held before
     /// keeps its token.
     pub tokens: Vec<FencingToken>,
-    /// How many tokens, from the one in `tokens` on, nobody else is ever given. A second answer
-    /// about the same grant may say 1, because services do not remember it.
+    /// How many tokens, from the one in `tokens` on, nobody else is ever given. Only the call that
+    /// makes the grant says so, in its answer and its push; a later one says 1, because services do
+    /// not remember it.
     pub block: u32,
 }
 

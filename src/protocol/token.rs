@@ -28,20 +28,23 @@ pub fn next_token(
     FencingToken::new(number).ok_or(Corrupt)
 }
 
-/// How far the counter may be ahead of the service's clock for a block to be given out.
-pub const BLOCK_AHEAD: Duration = Duration::from_secs(1);
+/// How far a block of tokens may put the counter ahead of the service's clock.
+///
+/// A service that loses its memory starts from its clock again, so a counter that was ahead of it
+/// could give out tokens twice, unless it takes longer than this to be emptied and asked.
+pub const BLOCK_AHEAD: Duration = Duration::from_millis(1);
 
 /// The last token of a grant that begins at `first` and asks for `block` of them.
 ///
-/// Blocks are used up more slowly than the clock runs, but many of them in one partition might not
-/// be. So that the counter does not run away from the clock, there is only one token where it is
-/// [`BLOCK_AHEAD`] already.
+/// A block is used up more slowly than the clock runs, but many of them in one partition might not
+/// be. There is only one token where the block would end more than [`BLOCK_AHEAD`] of the clock.
 #[must_use]
 pub fn last_of_block(first: FencingToken, now_us: u64, block: u32) -> FencingToken {
-    if first.get() > now_us.saturating_add(micros(BLOCK_AHEAD)) {
+    let last = first.get() + u64::from(block.max(1)) - 1;
+    if last > now_us.saturating_add(micros(BLOCK_AHEAD)) {
         return first;
     }
-    FencingToken::new(first.get() + u64::from(block.max(1)) - 1).unwrap_or(first)
+    FencingToken::new(last).unwrap_or(first)
 }
 
 fn micros(duration: Duration) -> u64 {
@@ -64,14 +67,15 @@ mod tests {
     }
 
     #[test]
-    fn a_block_is_given_out_unless_the_counter_runs_ahead_of_the_clock() {
+    fn a_block_is_given_out_unless_it_would_run_ahead_of_the_clock() {
         let now = 5_000_000;
-        let second = 1_000_000;
+        let ahead = 1_000;
         assert_eq!(last_of_block(token(now), now, 256), token(now + 255));
         assert_eq!(last_of_block(token(now), now, 1), token(now));
         assert_eq!(last_of_block(token(now), now, 0), token(now), "no block is one token");
-        assert_eq!(last_of_block(token(now + second), now, 2), token(now + second + 1));
-        assert_eq!(last_of_block(token(now + second + 1), now, 2), token(now + second + 1));
+        assert_eq!(last_of_block(token(now + ahead - 1), now, 2), token(now + ahead));
+        assert_eq!(last_of_block(token(now + ahead), now, 2), token(now + ahead));
+        assert_eq!(last_of_block(token(now), now, 1002), token(now), "however far it begins");
         let end = FencingToken::LIMIT - 1;
         assert_eq!(last_of_block(token(end), end, 2), token(end), "tokens end at two to the 53");
     }

@@ -1,6 +1,7 @@
 //! The statements for PostgreSQL.
 
 pub(crate) mod name;
+pub(crate) mod prepared;
 
 use std::fmt::Write;
 use std::sync::LazyLock;
@@ -109,7 +110,8 @@ pub(crate) fn begin(
 /// Starts the savepoint in which keys are added to an open branch, under the limits of a fence.
 pub(crate) fn savepoint(lock: Duration, fence: Duration) -> String {
     format!(
-        "SAVEPOINT palisade_extend; SET LOCAL lock_timeout = {}; SET LOCAL statement_timeout = {}",
+        "SAVEPOINT palisade_extend; SET LOCAL lock_timeout = {}; \
+         SET LOCAL statement_timeout = {}; ",
         millis(lock),
         millis(fence)
     )
@@ -123,22 +125,21 @@ pub(crate) fn begin_read(attempt: Uuid, statement: Duration, lease: Duration) ->
         .replace("{lease_ms}", &millis(lease))
 }
 
-/// Fails unless the transaction has this id.
-pub(crate) fn prove_id(transaction: u64) -> String {
-    let truth = format!("pg_current_xact_id_if_assigned()::text = '{transaction}'");
-    PROVE.replace("{truth}", &truth)
-}
-
 /// Fails unless this is the snapshot of a branch that reads.
 pub(crate) fn prove_read(attempt: Uuid) -> String {
     let truth = format!(
         "current_setting('application_name') = 'palisade-read:{attempt}' \
          AND current_setting('transaction_read_only') = 'on'"
     );
-    PROVE.replace("{truth}", &truth)
+    prove(&truth)
 }
 
-/// What [`prove_id`] and [`prove_read`] say when they fail.
+/// `prove.sql` with the condition.
+fn prove(truth: &str) -> String {
+    PROVE.replace("{truth}", truth)
+}
+
+/// What a proof says when it fails.
 pub(crate) const NOT_PROVEN: &str = "palisade: not the fenced transaction";
 
 /// A duration as a server setting: whole milliseconds, at least one, because 0 means for ever.
@@ -176,7 +177,9 @@ mod tests {
         let second = Duration::from_secs(1);
         let message = publish(&published) + &begin("name", "", second, second, second);
         assert!(message.contains("'{61,62}', '{true,false}', '{7,8}'"), "{message}");
-        let message = message + &begin_read(Uuid::nil(), second, second) + &prove_id(7);
+        let message = message + &begin_read(Uuid::nil(), second, second);
+        let prepared = prepared::Prepared::of(FENCE);
+        let message = message + &prepared.prepare() + &prepared.prove(7);
         assert!(!message.contains("--") && !message.contains("_ms}"), "{message}");
         assert!(!message.contains("{a") && !message.contains("{i"), "{message}");
     }

@@ -110,6 +110,7 @@ impl Core {
 
     /// Keeps the locks of `guard` until the end, and notes what is to be fenced in open branches.
     pub(super) fn take(&self, guard: LockGuard) -> Result<()> {
+        guard.confirm_now(); // beside the work; the commit waits for it
         let mut books = self.books();
         if books.ended {
             drop(books);

@@ -1,6 +1,8 @@
 //! Who asks: owners, requests, and the client that both came from.
 
+use std::collections::HashMap;
 use std::fmt;
+use std::hash::{BuildHasherDefault, Hasher};
 use std::str::FromStr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -35,17 +37,38 @@ impl fmt::Display for ClientId {
 #[serde(transparent)]
 pub struct OwnerId(Uuid);
 
+/// The version of the ids that are made here, and the bit that tells those of groups apart.
+const VERSION: usize = 8;
+const GROUP: u128 = 1 << 32;
+
 impl OwnerId {
     /// A new owner of `client`.
     #[must_use]
     pub fn new(client: ClientId) -> Self {
+        Self::made(client, 0)
+    }
+
+    /// A new owner of `client` that stands for a group of its requests. Nobody may ask as it: it
+    /// holds what now one and now another of the group works under.
+    #[must_use]
+    pub fn group(client: ClientId) -> Self {
+        Self::made(client, GROUP)
+    }
+
+    /// Whether this owner stands for a group of requests.
+    #[must_use]
+    pub fn is_group(self) -> bool {
+        self.0.get_version_num() == VERSION && self.0.as_u128() & GROUP != 0
+    }
+
+    fn made(client: ClientId, mark: u128) -> Self {
         let millis = SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .map_or(0, |since| u64::try_from(since.as_millis()).unwrap_or(u64::MAX));
         let high =
             (u128::from(millis & 0xffff_ffff_ffff) << 80) | (u128::from(fastrand::u16(..)) << 64);
         let low = (u128::from(fastrand::u32(..)) << 32) | u128::from(client.0);
-        Self(Uuid::new_v8((high | low).to_be_bytes()))
+        Self(Uuid::new_v8((((high | low) & !GROUP) | mark).to_be_bytes()))
     }
 
     /// Whether `client` made this owner.
@@ -123,6 +146,34 @@ impl fmt::Display for RequestId {
     }
 }
 
+/// A map by ids of this process. They are random or counted, so nobody can choose them to collide,
+/// and a hash that withstands that would cost several times as much.
+pub(crate) type IdMap<K, V> = HashMap<K, V, BuildHasherDefault<IdHasher>>;
+
+/// Spreads the words of an id over all bits.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct IdHasher(u64);
+
+impl Hasher for IdHasher {
+    fn write(&mut self, bytes: &[u8]) {
+        for eight in bytes.chunks(8) {
+            self.write_u64(eight.iter().fold(0, |word, byte| (word << 8) | u64::from(*byte)));
+        }
+    }
+
+    fn write_u64(&mut self, word: u64) {
+        self.0 = (self.0 ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(32);
+    }
+
+    fn write_usize(&mut self, _length: usize) {
+        // All ids of one type have the same length.
+    }
+
+    fn finish(&self) -> u64 {
+        self.0
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -135,6 +186,30 @@ mod tests {
         assert!(!owner.is_of(other));
         assert_eq!(owner.as_uuid().get_version_num(), 8);
         assert_eq!(owner.to_string().parse::<OwnerId>().unwrap(), owner);
+    }
+
+    #[test]
+    fn the_owner_of_a_group_is_never_taken_for_another_nor_a_foreign_id_for_it() {
+        let client = ClientId::random();
+        for _ in 0..1000 {
+            assert!(!OwnerId::new(client).is_group());
+            let group = OwnerId::group(client);
+            assert!(group.is_group() && group.is_of(client));
+            assert!(!OwnerId::from(Uuid::now_v7()).is_group());
+        }
+    }
+
+    #[test]
+    fn ids_that_are_counted_are_spread_over_all_places_of_a_map() {
+        let mut places = std::collections::BTreeSet::new();
+        for number in 0..256_u64 {
+            let mut hasher = IdHasher::default();
+            hasher.write_u64(number << 32 | 0xffff_0000 | number);
+            let hash = hasher.finish();
+            // A map takes the lowest bits for the place and the highest seven for a tag.
+            places.insert((hash & 0xff, hash >> 57));
+        }
+        assert!(places.len() > 240, "{}", places.len());
     }
 
     #[test]

@@ -83,10 +83,13 @@ impl ResourceKey {
     /// The hash is FNV-1a with 64 bits: it must be the same in every version of every client.
     #[must_use]
     pub fn partition(&self, partitions: u16) -> Partition {
+        if partitions <= 1 {
+            return Partition(0);
+        }
         let hash = self.0.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
             (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
         });
-        let index = hash % u64::from(partitions.max(1));
+        let index = hash % u64::from(partitions);
         Partition(u16::try_from(index).unwrap_or(u16::MAX))
     }
 }

@@ -135,7 +135,11 @@ impl LeaseState {
 
     /// Adds a grant that lasts until `deadline`.
     pub fn cover(&self, request: RequestId, deadline: Instant) {
-        self.covered().push(Covered::new(request, deadline));
+        let mut all = self.covered();
+        if all.is_empty() {
+            all.reserve_exact(1); // most states cover no second one
+        }
+        all.push(Covered::new(request, deadline));
     }
 
     /// Moves the deadline of a grant that is covered. It never moves back, and what is lost stays

@@ -6,6 +6,7 @@ mod lease;
 mod status;
 mod token;
 
+pub(crate) use id::IdMap;
 pub use id::{ClientId, OwnerId, RequestId};
 pub use key::{InvalidKey, MAX_KEY_BYTES, MAX_KEYS, Mode, Partition, ResourceKey, Want};
 pub use lease::{InvalidLease, Lease, LeaseState, MAX_LEASE, MAX_WAIT, MIN_LEASE};

@@ -28,21 +28,14 @@ async fn over(backend: &Arc<MemoryBackend>, options: LockOptions) -> Locks {
     Locks::with_options(Arc::clone(backend) as _, options).await.unwrap()
 }
 
-/// With hand-over within the process.
-fn enabled() -> LockOptions {
-    let mut options = LockOptions::default();
-    options.hand_over.enabled = true;
-    options
-}
-
 async fn memory() -> (Arc<MemoryBackend>, Locks) {
     let backend = Arc::new(MemoryBackend::new());
-    let locks = over(&backend, enabled()).await;
+    let locks = over(&backend, LockOptions::default()).await;
     (backend, locks)
 }
 
 async fn redis(server: &RedisServer) -> Locks {
-    palisade::connect_with(&server.url(), enabled()).await.unwrap()
+    palisade::connect_with(&server.url(), LockOptions::default()).await.unwrap()
 }
 
 /// Lets the background tasks run until they have nothing to do.
@@ -273,9 +266,9 @@ async fn everybody_is_served_when_redis_is_emptied_in_the_midst() {
 #[tokio::test(start_paused = true)]
 async fn a_waiter_that_is_dropped_at_any_await_costs_nobody_a_turn() {
     let (_, locks) = memory().await;
-    for carrier in [true, false] {
+    for plain in [true, false] {
         let holder =
-            if carrier { locks.lock("k").acquire().await.unwrap() } else { lane(&locks).await };
+            if plain { locks.lock("k").acquire().await.unwrap() } else { lane(&locks).await };
         let behind = std::cell::RefCell::new(Vec::new());
         let wait = Duration::from_millis(50);
         let attempt = || locks.lock("k").wait(wait).acquire();
@@ -313,21 +306,204 @@ async fn whoever_is_dropped_before_it_sees_its_turn_passes_it_on() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_carrier_that_gives_up_leaves_the_others_to_go_on_in_order() {
-    let (_, locks) = memory().await;
-    let first = locks.lock("k").acquire().await.unwrap();
-    let carrier = tokio::spawn(locks.lock("k").acquire());
+async fn whoever_is_first_and_gives_up_costs_the_others_no_place_in_the_line() {
+    for dropped in [true, false] {
+        let backend = Arc::new(MemoryBackend::new());
+        let ours = over(&backend, LockOptions::default()).await;
+        let theirs = over(&backend, LockOptions::default()).await;
+        let first = ours.lock("k").acquire().await.unwrap();
+        let short = Duration::from_secs(1);
+        let gives_up = tokio::spawn(ours.lock("k").wait(short).acquire());
+        settle().await;
+        let mut crew = Crew::new();
+        crew.send(&ours, "a");
+        settle().await;
+        crew.send(&theirs, "x");
+        settle().await;
+        if dropped {
+            gives_up.abort();
+        } else {
+            assert_eq!(gives_up.await.unwrap().unwrap_err().kind(), ErrorKind::TimedOut);
+        }
+        settle().await;
+        assert_eq!(standing(&ours).await, (1, 2));
+        crew.send(&ours, "b");
+        settle().await;
+        first.release().await.unwrap();
+        assert_eq!(crew.come_back(0).await, ["a", "x", "b"]);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lane_that_nobody_waits_for_leaves_the_line() {
+    let backend = Arc::new(MemoryBackend::new());
+    let (ours, theirs) = (
+        over(&backend, LockOptions::default()).await,
+        over(&backend, LockOptions::default()).await,
+    );
+    let holder = theirs.lock("k").acquire().await.unwrap();
+    let _plain = tokio::spawn(ours.lock("k").wait(SOON).acquire());
     settle().await;
+    let crowd: Vec<_> = (0..5).map(|_| tokio::spawn(ours.lock("k").wait(SOON).acquire())).collect();
+    settle().await;
+    assert_eq!((standing(&theirs).await, ours.statistics().waiting), ((1, 2), 6));
+    crowd.iter().for_each(JoinHandle::abort);
+    settle().await;
+    assert_eq!((standing(&theirs).await, ours.statistics().waiting), ((1, 1), 1));
+    let kept = ours.lock("k").wait(Duration::from_secs(2)).acquire();
+    let mut kept = Box::pin(kept);
+    assert!(!drop_after(kept.as_mut(), 0).await);
+    settle().await;
+    assert_eq!(standing(&theirs).await, (1, 2));
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    assert_eq!(standing(&theirs).await, (1, 1), "its time is over, polled or not");
+    assert_eq!(kept.await.unwrap_err().kind(), ErrorKind::TimedOut);
+    holder.release().await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn whoever_is_handed_the_lock_and_never_looks_keeps_it_for_two_leases_at_most() {
+    let lease = LockOptions::default().lease;
+    for plain in [true, false] {
+        let (_, locks) = memory().await;
+        let holder =
+            if plain { locks.lock("k").acquire().await.unwrap() } else { lane(&locks).await };
+        let mut kept = Box::pin(locks.lock("k").wait(SOON).acquire());
+        assert!(!drop_after(kept.as_mut(), 0).await, "it waits in the lane");
+        let next = tokio::spawn(locks.lock("k").wait(3 * lease).acquire());
+        settle().await;
+        let token = number(holder.token());
+        holder.release().await.unwrap();
+        let before = tokio::time::Instant::now();
+        let next = next.await.unwrap().unwrap();
+        assert!(before.elapsed() <= 2 * lease, "{:?}", before.elapsed());
+        assert!(number(next.token()) >= token + BLOCK, "nothing of a lease that was lost");
+        assert_eq!(kept.await.unwrap_err().kind(), ErrorKind::LeaseLost);
+        next.release().await.unwrap();
+        settle().await;
+        assert_eq!((standing(&locks).await, locks.statistics().active), ((0, 0), 0));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn whoever_does_not_look_before_its_time_is_over_is_passed_over() {
+    let (_, locks) = memory().await;
+    let holder = locks.lock("k").acquire().await.unwrap();
+    let short = Duration::from_secs(1);
+    let mut kept = Box::pin(locks.lock("k").wait(short).acquire());
+    assert!(!drop_after(kept.as_mut(), 0).await, "it waits in the lane");
+    let next = tokio::spawn(locks.lock("k").wait(SOON).acquire());
+    settle().await;
+    tokio::time::sleep(2 * short).await;
+    holder.release().await.unwrap();
+    let before = tokio::time::Instant::now();
+    next.await.unwrap().unwrap().release().await.unwrap();
+    assert_eq!(before.elapsed(), Duration::ZERO);
+    assert_eq!(kept.await.unwrap_err().kind(), ErrorKind::TimedOut);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_shutdown_takes_every_lane_out_of_the_line() {
+    let backend = Arc::new(MemoryBackend::new());
+    let (ours, theirs) = (
+        over(&backend, LockOptions::default()).await,
+        over(&backend, LockOptions::default()).await,
+    );
+    let holder = theirs.lock("k").acquire().await.unwrap();
+    let crowd: Vec<_> = (0..5).map(|_| tokio::spawn(ours.lock("k").wait(SOON).acquire())).collect();
+    settle().await;
+    assert_eq!(standing(&theirs).await, (1, 2), "one that came first, and a lane");
+    ours.shutdown().await.unwrap();
+    for refused in crowd {
+        assert_eq!(refused.await.unwrap().unwrap_err().kind(), ErrorKind::Closed);
+    }
+    assert_eq!((standing(&theirs).await, ours.statistics().waiting), ((1, 0), 0));
+    holder.release().await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn nobody_may_ask_as_the_owner_of_a_lane() {
+    let (_, locks) = memory().await;
+    let holder = lane(&locks).await;
+    let shown = locks.inspect("k").await.unwrap().holders[0].owner;
+    assert!(shown.is_group() && shown != holder.owner());
+    for key in ["k", "l"] {
+        let refused = locks.lock(key).owner(shown).try_acquire().await.unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::InvalidInput, "{refused}");
+        assert!(refused.to_string().contains("Locks::owner"), "{refused}");
+    }
+    let coordinator = palisade::Coordinator::builder(locks.clone()).build();
+    let refused = coordinator.transaction(["k"]).owner(shown).begin().await.unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::InvalidInput, "{refused}");
+    let busy = locks.lock("k").wait(Duration::ZERO).acquire().await.unwrap_err();
+    assert!(busy.to_string().contains("a group of waiters of one process"), "{busy}");
+    assert!(holder.is_held());
+}
+
+#[tokio::test(start_paused = true)]
+async fn whoever_lost_its_lease_elsewhere_is_passed_over() {
+    let (_, locks) = memory().await;
+    let holder = lane(&locks).await;
+    let state = Arc::new(palisade::LeaseState::default());
+    let lost = tokio::spawn(locks.lock("k").state(Arc::clone(&state)).wait(SOON).acquire());
+    let next = tokio::spawn(locks.lock("k").wait(SOON).acquire());
+    settle().await;
+    state.lose();
+    let token = number(holder.token());
+    holder.release().await.unwrap();
+    let next = next.await.unwrap().unwrap();
+    assert_eq!(number(next.token()), token + 1, "the grant goes on to the next");
+    next.release().await.unwrap();
+    assert_eq!(lost.await.unwrap().unwrap_err().kind(), ErrorKind::LeaseLost);
+    settle().await;
+    assert_eq!((standing(&locks).await, locks.statistics().active), ((0, 0), 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lane_that_locks_more_leaves_its_waiters_to_the_next_in_order() {
+    let backend = Arc::new(MemoryBackend::new());
+    let (ours, theirs) = (
+        over(&backend, LockOptions::default()).await,
+        over(&backend, LockOptions::default()).await,
+    );
+    let holder = lane(&ours).await;
+    let token = number(holder.token());
     let mut crew = Crew::new();
-    for name in ["a", "b", "c"] {
-        crew.send(&locks, name);
+    for (locks, name) in [(&ours, "a"), (&ours, "b"), (&theirs, "x"), (&ours, "c")] {
+        crew.send(locks, name);
         settle().await;
     }
-    carrier.abort();
+    assert_eq!(standing(&ours).await, (1, 2), "theirs, and a lane for who came after it");
+    let more = ours.lock("l").owner(holder.owner()).acquire().await.unwrap();
     settle().await;
-    assert_eq!(standing(&locks).await, (1, 1), "the next stands in line for all");
-    first.release().await.unwrap();
-    assert_eq!(crew.come_back(0).await, ["a", "b", "c"]);
+    crew.send(&ours, "d");
+    settle().await;
+    assert_eq!(standing(&ours).await, (1, 2), "whoever is left goes to the lane that is there");
+    holder.release().await.unwrap();
+    more.release().await.unwrap();
+    let told = crew.come_back(token).await;
+    assert_eq!(told, ["x", "a", "b", "c", "d"]);
+    settle().await;
+    assert_eq!((standing(&ours).await, standing(&theirs).await), ((0, 0), (0, 0)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn after_a_lane_that_locked_more_the_next_passes_on_again() {
+    let (_, locks) = memory().await;
+    let holder = lane(&locks).await;
+    let more = locks.lock("l").owner(holder.owner()).acquire().await.unwrap();
+    let waiters: Vec<_> = (0..3).map(|_| tokio::spawn(locks.lock("k").acquire())).collect();
+    settle().await;
+    assert_eq!(standing(&locks).await, (1, 1), "it stands in line at once");
+    holder.release().await.unwrap();
+    more.release().await.unwrap();
+    let mut tokens = Vec::new();
+    for waiter in waiters {
+        let guard = waiter.await.unwrap().unwrap();
+        tokens.push(number(guard.token()));
+        guard.release().await.unwrap();
+    }
+    assert_eq!(tokens, [tokens[0], tokens[0] + 1, tokens[0] + 2], "one block");
 }
 
 #[tokio::test(start_paused = true)]
@@ -362,7 +538,7 @@ async fn a_holder_re_enters_with_its_own_token_and_what_it_entered_is_not_passed
 #[tokio::test(start_paused = true)]
 async fn an_owner_that_was_seen_holds_nothing_after_its_turn() {
     let (backend, locks) = memory().await;
-    let there = over(&backend, enabled()).await;
+    let there = over(&backend, LockOptions::default()).await;
     let holder = lane(&locks).await;
     let second = tokio::spawn(locks.lock("k").acquire());
     settle().await;
@@ -378,7 +554,7 @@ async fn an_owner_that_was_seen_holds_nothing_after_its_turn() {
 #[tokio::test(start_paused = true)]
 async fn an_owner_that_was_named_is_known_to_the_service_and_can_be_lent() {
     let (backend, locks) = memory().await;
-    let there = over(&backend, enabled()).await;
+    let there = over(&backend, LockOptions::default()).await;
     let holder = lane(&locks).await;
     let owner = locks.owner();
     let named = tokio::spawn(locks.lock("k").owner(owner).acquire());
@@ -420,7 +596,7 @@ async fn nobody_is_overtaken_unless_the_options_say_so() {
         (1, 9_000, ["a", "b", "c", "d", "x", "e", "f"]),
         (9, 9_000, ["a", "b", "c", "d", "e", "f", "x"]),
     ] {
-        let mut options = enabled();
+        let mut options = LockOptions::default();
         options.hand_over.passes = passes;
         options.hand_over.time = Duration::from_millis(millis);
         let backend = Arc::new(MemoryBackend::new());
@@ -435,18 +611,15 @@ async fn nobody_of_another_process_is_overtaken_on_redis() {
     let (ours, theirs) = (redis(&server).await, redis(&server).await);
     let arrived = AtomicU64::new(0);
     let asked = async || {
-        // Where the others of a lane have arrived cannot be seen; a task that was spawned has
-        // joined long before two round trips are over, and notices come before the answers to them.
-        let n = arrived.fetch_add(1, SeqCst);
-        let at_service = if n < 3 {
-            1
-        } else if n < 4 {
-            2
-        } else {
-            3
-        };
-        wait_until("it has arrived", SOON, async || standing(&ours).await.1 == at_service).await;
-        tokio::time::sleep(Duration::from_millis(20)).await;
+        // All ask for the same lane, then there is `x`, then a lane for the others. Notices come
+        // before the answers to whoever asked after they were sent.
+        let n = arrived.fetch_add(1, SeqCst) + 1;
+        let at_service = [1, 1, 1, 2, 3, 3, 3][usize::try_from(n).unwrap() - 1];
+        wait_until("it has arrived", SOON, async || {
+            let waiting = ours.statistics().waiting + theirs.statistics().waiting;
+            (waiting, standing(&ours).await.1) == (n, at_service)
+        })
+        .await;
         standing(&ours).await;
     };
     let order = served_by(&ours, &theirs, asked).await;
@@ -455,7 +628,9 @@ async fn nobody_of_another_process_is_overtaken_on_redis() {
 
 #[tokio::test(start_paused = true)]
 async fn it_can_be_switched_off() {
-    let options = LockOptions::default();
+    let mut options = LockOptions::default();
+    assert!(options.hand_over.enabled, "it is on unless it is switched off");
+    options.hand_over.enabled = false;
     let locks = over(&Arc::new(MemoryBackend::new()), options).await;
     let first = locks.lock("k").acquire().await.unwrap();
     let mut crew = Crew::new();
@@ -469,8 +644,9 @@ async fn it_can_be_switched_off() {
 /// A lock service in memory whose notices and answers can be lost.
 #[derive(Debug, Default)]
 struct Lossy {
-    inner: MemoryBackend,
+    inner: Arc<MemoryBackend>,
     no_notice: Arc<AtomicBool>,
+    no_push: Arc<AtomicBool>,
     no_answer: AtomicBool,
     no_renewal: AtomicBool,
 }
@@ -485,9 +661,10 @@ impl LockBackend for Lossy {
         self.inner.capabilities()
     }
     async fn subscribe(&self, client: ClientId, sink: Sink) -> palisade::Result<()> {
-        let lost = Arc::clone(&self.no_notice);
+        let (notice, grant) = (Arc::clone(&self.no_notice), Arc::clone(&self.no_push));
         let some: Sink = Arc::new(move |push| {
-            if !(matches!(push, Push::Followed(_)) && lost.load(SeqCst)) {
+            let lost = if matches!(push, Push::Followed(_)) { &notice } else { &grant };
+            if !lost.load(SeqCst) {
                 sink(push);
             }
         });
@@ -526,7 +703,8 @@ impl LockBackend for Lossy {
 
 async fn lossy() -> (Arc<Lossy>, Locks, Locks) {
     let backend = Arc::new(Lossy::default());
-    let connect = async || Locks::with_options(Arc::clone(&backend) as _, enabled()).await;
+    let connect =
+        async || Locks::with_options(Arc::clone(&backend) as _, LockOptions::default()).await;
     let (ours, theirs) = (connect().await.unwrap(), connect().await.unwrap());
     (backend, ours, theirs)
 }
@@ -552,15 +730,20 @@ async fn a_lost_notice_costs_one_refresh() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_carrier_whose_answer_is_lost_leaves_the_others_to_ask_for_themselves() {
+async fn all_in_a_lane_hear_of_it_when_its_answer_is_lost() {
     let (backend, locks, _) = lossy().await;
     let first = locks.lock("k").acquire().await.unwrap();
     backend.no_answer.store(true, SeqCst);
-    let carrier = tokio::spawn(locks.lock("k").acquire());
-    let behind: Vec<_> = (0..3).map(|_| tokio::spawn(locks.lock("k").acquire())).collect();
-    for failed in std::iter::once(carrier).chain(behind) {
-        assert_eq!(failed.await.unwrap().unwrap_err().kind(), ErrorKind::Unavailable);
+    let behind: Vec<_> = (0..4).map(|_| tokio::spawn(locks.lock("k").acquire())).collect();
+    settle().await;
+    let before = tokio::time::Instant::now();
+    for failed in behind {
+        let error = failed.await.unwrap().unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unavailable);
+        let source = std::error::Error::source(&error).unwrap();
+        assert!(source.to_string().contains("the answer is lost"), "{error} {source}");
     }
+    assert!(before.elapsed() < Duration::from_millis(20), "it was asked once for all");
     backend.no_answer.store(false, SeqCst);
     first.release().await.unwrap();
     settle().await;
@@ -570,6 +753,53 @@ async fn a_carrier_whose_answer_is_lost_leaves_the_others_to_ask_for_themselves(
         .await;
     settle().await;
     assert_eq!(standing(&locks).await, (0, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lost_push_costs_a_refresh_and_no_tokens() {
+    let (backend, ours, theirs) = lossy().await;
+    let lease = LockOptions::default().lease;
+    let holder = theirs.lock("k").auto_renew(false).acquire().await.unwrap();
+    let alone = tokio::spawn(ours.lock("k").wait(SOON).acquire());
+    settle().await;
+    let waiters: Vec<_> =
+        (0..3).map(|_| tokio::spawn(ours.lock("k").wait(3 * lease).acquire())).collect();
+    settle().await;
+    assert_eq!(standing(&ours).await, (1, 2));
+    alone.abort();
+    settle().await;
+    backend.no_push.store(true, SeqCst);
+    // The holder lapses, and the refresh of the lane finds it.
+    holder.lost().await;
+    let mut tokens = Vec::new();
+    for waiter in waiters {
+        let guard = waiter.await.unwrap().unwrap();
+        tokens.push(number(guard.token()));
+        guard.release().await.unwrap();
+    }
+    assert_eq!(tokens, [tokens[0], tokens[0] + 1, tokens[0] + 2], "one block");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_service_that_answers_again_is_no_outage_any_more() {
+    let (backend, ours, _) = lossy().await;
+    // Whose calls are all answered.
+    let theirs = over(&backend.inner, LockOptions::default()).await;
+    let lease = LockOptions::default().lease;
+    let holder = lane(&ours).await;
+    let long = tokio::spawn(ours.lock("k").wait(4 * lease).acquire());
+    settle().await;
+    let follower = tokio::spawn(theirs.lock("k").wait(4 * lease).acquire());
+    settle().await;
+    backend.no_renewal.store(true, SeqCst);
+    holder.lost().await;
+    backend.no_renewal.store(false, SeqCst);
+    // The lane of whoever is left stands behind the follower, and is answered.
+    let follower = follower.await.unwrap().unwrap();
+    let short = ours.lock("k").wait(lease / 10).acquire().await.unwrap_err();
+    assert_eq!(short.kind(), ErrorKind::TimedOut, "{short}");
+    follower.release().await.unwrap();
+    long.await.unwrap().unwrap().release().await.unwrap();
 }
 
 #[tokio::test(start_paused = true)]

@@ -41,13 +41,14 @@ async fn use_everything() {
 
     let guard = locks.lock("a").ttl(Duration::from_secs(1)).acquire().await.unwrap();
     assert!(locks.lock("a").try_acquire().await.unwrap().is_none());
+    locks.lock("a").wait(Duration::from_millis(1)).acquire().await.unwrap_err();
     tokio::time::sleep(Duration::from_secs(2)).await;
     backend.forget();
     guard.lost().await;
     guard.release().await.unwrap_err();
     let statistics = locks.statistics();
-    assert_eq!((statistics.acquired, statistics.failed, statistics.lost), (2, 1, 1));
-    assert_eq!((statistics.released, statistics.active), (2, 0));
+    assert_eq!((statistics.acquired, statistics.failed, statistics.lost), (2, 2, 1));
+    assert_eq!((statistics.released, statistics.active, statistics.waiting), (2, 0, 0));
     assert!(statistics.renewed > 0);
     assert!(statistics.mean_hold > Duration::from_millis(900), "{statistics:?}");
 

@@ -8,7 +8,7 @@ use palisade::Mode;
 use palisade::backend::LockBackend;
 use palisade::protocol::{Acquire, Acquired, Released, Renewed};
 
-use crate::redis_asks::{Client, connect, left, renew, tokens};
+use crate::redis_asks::{Client, P0, connect, key, left, renew, tokens};
 use crate::support::RedisServer;
 
 use Mode::{Exclusive as X, Shared as S};
@@ -89,7 +89,7 @@ async fn a_hundred_leases_are_renewed_by_one_command() {
         renewals.push(crate::redis_asks::renewal(&ask, false));
     }
     let mut monitor = Monitor::of(&server);
-    let renewed = redis.renew(crate::redis_asks::P0, &renewals).await.unwrap();
+    let renewed = redis.renew(P0, &renewals).await.unwrap();
     assert!(renewed.iter().all(|answer| *answer == Renewed::Held(None)));
     assert_eq!(monitor.sent(), ["EVALSHA"]);
 }
@@ -106,6 +106,48 @@ async fn a_hand_over_is_one_command_and_one_push() {
     redis.release(&first.part).await.unwrap();
     assert!(client.was_told(&second), "the push comes before the answer on the same connection");
     assert_eq!(monitor.sent(), ["EVALSHA"]);
+}
+
+/// How many commands the server has run so far, those that scripts call among them, other than to
+/// answer this.
+fn calls(server: &RedisServer) -> usize {
+    let stats = server.command(&["INFO", "commandstats"]);
+    let lines = stats.lines().filter(|line| !line.starts_with("cmdstat_info:"));
+    let calls = lines.filter_map(|line| line.split("calls=").nth(1)?.split(',').next());
+    calls.map(|calls| calls.parse::<usize>().unwrap()).sum()
+}
+
+#[tokio::test]
+async fn whoever_comes_and_goes_at_a_key_in_demand_costs_the_server_few_calls() {
+    let server = RedisServer::start();
+    let redis = connect(&server).await;
+    let client = Client::of(&redis).await;
+    let asks: Vec<_> = (0..5).map(|_| client.ask(&[("k", X)])).collect();
+    for ask in &asks[..3] {
+        redis.acquire(ask).await.unwrap();
+    }
+    let joined = calls(&server);
+    assert!(matches!(redis.acquire(&asks[3]).await.unwrap(), Acquired::Queued { position: 2, .. }));
+    let joined = calls(&server) - joined;
+    assert_eq!(client.followed().last().unwrap().request, asks[2].part.request);
+    for (now, next) in [(0, 1), (1, 2), (2, 3)] {
+        let handed = calls(&server);
+        assert_eq!(redis.release(&asks[now].part).await.unwrap(), Released::Released);
+        let handed = calls(&server) - handed;
+        assert!(client.was_told(&asks[next]));
+        let confirmed = calls(&server);
+        assert_eq!(renew(&redis, &asks[next], false).await, Renewed::Held(None));
+        let confirmed = calls(&server) - confirmed;
+        println!("calls: to join {joined}, to hand over {handed}, to confirm {confirmed}");
+        // With the EVALSHA itself.
+        assert!(joined <= 19 && handed <= 15 && confirmed <= 5);
+        let seen = redis.inspect(P0, &key("k")).await.unwrap();
+        assert_eq!(seen.holders[0].request, asks[next].part.request);
+        assert!(seen.holders[0].expires_in > asks[next].lease.claim());
+        assert_eq!(seen.waiters.len(), 3 - next);
+    }
+    assert_eq!(redis.release(&asks[3].part).await.unwrap(), Released::Released);
+    assert_eq!(left(&server), [""; 0]);
 }
 
 /// The µs that the server has spent in scripts so far.

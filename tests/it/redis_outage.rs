@@ -356,10 +356,10 @@ async fn a_holder_that_vanishes_keeps_others_waiting_for_one_lease() {
     let waits = futures_util::future::join_all(waits).await;
     println!("waited {waits:?}");
     // Its own refresh interval is ten seconds: it is told to ask when the lease ends.
-    assert!(waits[1] < Duration::from_millis(length + 1_000), "{waits:?}");
+    assert!(waits[1] < Duration::from_millis(length + 4_000), "{waits:?}");
     assert!(waits[1] > Duration::from_millis(length / 2), "{waits:?}");
     // Behind a dead waiter, at its next refresh.
-    assert!(waits[0] < Duration::from_millis(length + 500 + 1_000), "{waits:?}");
+    assert!(waits[0] < Duration::from_millis(length + 500 + 4_000), "{waits:?}");
 }
 
 #[tokio::test]

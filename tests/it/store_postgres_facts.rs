@@ -25,6 +25,11 @@ async fn run(connection: &mut PgConnection, sql: &'static str) {
     sqlx::raw_sql(sql).execute(connection).await.unwrap();
 }
 
+/// Whether a session waits for a lock.
+async fn is_blocked(observer: &mut PgConnection) -> bool {
+    number(observer, "SELECT count(*) FROM pg_locks WHERE NOT granted").await > 0
+}
+
 async fn number(connection: &mut PgConnection, sql: &'static str) -> i64 {
     sqlx::query_scalar(sql).fetch_one(connection).await.unwrap()
 }
@@ -58,8 +63,10 @@ async fn lose_an_update(b: &Bench, begin: &'static str, fence_first: bool, fence
     if !fence_first {
         run(&mut first, fence).await;
     }
-    // The second one waits for the fence row now, having read before it or not.
-    sleep(Duration::from_millis(200)).await;
+    // It waits for the fence row, having read before it or not.
+    let mut observer = connection(b).await;
+    let stands = async || late.is_finished() || is_blocked(&mut observer).await;
+    wait_until("the second one waits, or has nothing to wait for", SOON, stands).await;
     let set = "UPDATE account SET cents = $1 WHERE name = 'alice'";
     sqlx::query(set).bind(seen + 1).execute(&mut first).await.unwrap();
     run(&mut first, "COMMIT").await;
@@ -95,7 +102,7 @@ async fn a_fence_that_is_only_locked_hands_out_a_stale_snapshot_where_a_changed_
         run(&mut second, lock).await;
         number(&mut second, ALICE).await
     });
-    sleep(Duration::from_millis(200)).await;
+    wait_until("it waits", SOON, async || is_blocked(&mut observer).await).await;
     run(&mut first, "UPDATE account SET cents = 500 WHERE name = 'alice'; COMMIT").await;
     assert_eq!(waiting.await.unwrap(), 100);
     assert_eq!(number(&mut observer, ALICE).await, 500);
@@ -106,7 +113,7 @@ async fn a_fence_that_is_only_locked_hands_out_a_stale_snapshot_where_a_changed_
     let later = write("alice", 3);
     let second = store.open(&later);
     let (second, ()) = tokio::join!(second, async {
-        sleep(Duration::from_millis(50)).await;
+        wait_until("it waits", SOON, async || is_blocked(&mut observer).await).await;
         commit(&first).await;
     });
     let second = second.unwrap();
@@ -237,9 +244,9 @@ async fn a_stopped_client_keeps_its_rows_only_for_one_lease() {
 #[tokio::test]
 async fn a_branch_that_is_pinged_may_think_longer_than_its_lease() {
     let b = Bench::new().await;
-    let branch = b.open(&with_lease(write("a", 10), Duration::from_millis(200))).await;
+    let branch = b.open(&with_lease(write("a", 10), Duration::from_secs(2))).await;
     for _ in 0..8 {
-        sleep(Duration::from_millis(60)).await;
+        sleep(Duration::from_millis(400)).await;
         branch.ping().await.unwrap();
     }
     add(&branch, "alice", 1).await.unwrap();

@@ -10,6 +10,7 @@
 //! on a new connection for as long as its caller waits, but no longer than the patience of the
 //! link.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -164,13 +165,13 @@ impl Link {
 
     /// Sends one command.
     pub(super) async fn command(&self, operation: &'static str, command: Cmd) -> Result<Value> {
-        self.send(operation, command, || None).await.map(|answer| answer.value)
+        self.send(operation, Cow::Owned(command), || None).await.map(|answer| answer.value)
     }
 
     async fn send(
         &self,
         operation: &'static str,
-        mut command: Cmd,
+        mut command: Cow<'_, Cmd>,
         text: impl Fn() -> Option<Cmd>,
     ) -> Result<Answer> {
         let mut patience = Patience::new(self.patience);
@@ -184,7 +185,7 @@ impl Link {
             match remedy(&error) {
                 Remedy::SendText => match text() {
                     Some(text) => {
-                        command = text;
+                        command = Cow::Owned(text);
                         continue;
                     }
                     None => return Err(explain(operation, error)),

@@ -31,10 +31,7 @@ fn read_acquired(value: &Value, part: &Part) -> Option<Acquired> {
     };
     Some(match (tag, rest) {
         ("granted", [tokens]) => Acquired::Granted(grant(tokens, part)?),
-        ("granted", [tokens, block]) => {
-            let block = u32::try_from(integer(block)?).ok()?;
-            Acquired::Granted(Grant { block, ..grant(tokens, part)? })
-        }
+        ("granted", [tokens, block]) => Acquired::Granted(with_block(block, tokens, part)?),
         ("queued", [position, ask_again]) => Acquired::Queued {
             position: u32::try_from(integer(position)?).ok()?,
             ask_again_in: micros(ask_again)?,
@@ -62,7 +59,9 @@ pub(super) fn renewed(value: &Value, renewals: &[Renewal]) -> Result<Vec<Renewed
             Value::Int(1) => Renewed::Held(None),
             Value::Int(0) => Renewed::Lost,
             _ => match tagged(answer)? {
-                ("held", [tokens]) => Renewed::Held(Some(grant(tokens, &renewal.part)?)),
+                ("held", [tokens, block]) => {
+                    Renewed::Held(Some(with_block(block, tokens, &renewal.part)?))
+                }
                 ("queued", [ask_again]) => Renewed::Queued { ask_again_in: micros(ask_again)? },
                 _ => return None,
             },
@@ -158,6 +157,11 @@ fn grant(tokens: &Value, part: &Part) -> Option<Grant> {
     let tokens = runs(text(tokens)?)?;
     let request: RequestId = part.request;
     (tokens.len() == part.wants.len()).then_some(Grant { request, tokens, block: 1 })
+}
+
+fn with_block(block: &Value, tokens: &Value, part: &Part) -> Option<Grant> {
+    let block = u32::try_from(integer(block)?).ok()?;
+    Some(Grant { block, ..grant(tokens, part)? })
 }
 
 /// Reads `token*times,...`.

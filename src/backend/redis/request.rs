@@ -1,11 +1,16 @@
 //! How operations are written for the scripts: names of keys, ids, arguments.
 
-use std::fmt;
+use std::borrow::Cow;
+use std::fmt::Write as _;
 use std::time::Duration;
 
-use super::script::{ACQUIRE, CANCEL, Call, INSPECT, RELEASE, RENEW, TOGETHER, Words};
+use uuid::Uuid;
+
+use super::script::{ACQUIRE, CANCEL, Call, INSPECT, RELEASE, RENEW, TOGETHER};
 use crate::protocol::{Acquire, Part, Renewal, Standing, TOMBSTONE};
-use crate::types::{ClientId, Mode, OwnerId, Partition, RequestId, ResourceKey, Want};
+use crate::types::{
+    ClientId, FencingToken, Lease, Mode, OwnerId, Partition, RequestId, ResourceKey, Want,
+};
 
 /// Where the number of partitions is kept.
 pub(super) const PARTITIONS: &str = "palisade:partitions";
@@ -16,41 +21,45 @@ const RENEWALS: usize = 100;
 /// The most keys that one call renews: Lua's `unpack` ends near 8000 values.
 const RENEWED_KEYS: usize = 4_000;
 
+/// What one request adds to a call, about: its id and some numbers.
+const ID_BYTES: usize = 80;
+
 pub(super) fn acquire(ask: &Acquire) -> Call {
-    let prefix = prefix(ask.part.partition);
-    let mut keys = Words::default();
-    keys.push(&[&prefix, "t"]);
-    push_heads(&mut keys, &prefix, &ask.part.wants);
-    let mut args = Words::default();
-    args.reserve(6, 160);
-    args.write(id(&ask.part));
-    args.write(ask.lease.as_millis());
-    args.push(&[&modes(&ask.part.wants)]);
-    args.write(ask.floor.map_or(0, |floor| floor.get()));
-    args.push(&[&slow_way(ask)]);
-    if let Some(metadata) = &ask.metadata {
-        args.push(&[metadata]);
+    let Acquire { part, lease, floor, metadata, .. } = ask;
+    let prefix = prefix(part.partition);
+    let bytes = heads_bytes(&part.wants) + ID_BYTES + 100;
+    let mut call = Call::new(&ACQUIRE, part.wants.len() + 1, 6, bytes);
+    call.key(&[&prefix, "t"]);
+    push_heads(&mut call, &prefix, &part.wants);
+    call.arg(id(part).as_str());
+    call.arg(lease.as_millis());
+    call.arg(&*modes(&part.wants));
+    call.arg(floor.map_or(0, FencingToken::get));
+    call.arg(slow_way(ask));
+    if let Some(metadata) = metadata {
+        call.arg(metadata);
     }
-    Call::new(&ACQUIRE, keys, args)
+    call
 }
 
 /// What only an acquire that meets somebody needs, in one argument: each costs every call a little.
 fn slow_way(ask: &Acquire) -> String {
-    let (standing, block) = match ask.standing {
-        Standing::Fresh if ask.block > 1 => ('b', format!(":{}", ask.block)),
-        Standing::Fresh => ('f', String::new()),
-        Standing::Incremental => ('i', String::new()),
+    let Acquire { standing, block, lease, client, limit, .. } = *ask;
+    let (standing, block) = match standing {
+        Standing::Fresh if block > 1 => ('b', Some(block)),
+        Standing::Fresh => ('f', None),
+        Standing::Incremental => ('i', None),
     };
     let wait = if ask.wait { 'w' } else { 't' };
-    let (refresh, waiter, claim) = (ask.lease.refresh(), ask.lease.waiter(), ask.lease.claim());
-    format!(
-        "{standing}{wait}:{}:{}:{}:{}:{}{block}",
-        ask.client,
-        ask.limit,
-        micros(refresh),
-        micros(waiter),
-        micros(claim)
-    )
+    let (refresh, waiter, claim) = (lease.refresh(), lease.waiter(), lease.claim());
+    let (refresh, waiter, claim) = (micros(refresh), micros(waiter), micros(claim));
+    let mut text = String::with_capacity(80);
+    // A string takes everything.
+    let _ = write!(text, "{standing}{wait}:{client}:{limit}:{refresh}:{waiter}:{claim}");
+    if let Some(block) = block {
+        let _ = write!(text, ":{block}");
+    }
+    text
 }
 
 /// The calls that renew `renewals`, in order.
@@ -66,110 +75,113 @@ pub(super) fn renew(partition: Partition, renewals: &[Renewal]) -> Vec<(Call, &[
         });
         // One request has fewer keys than the limit, so at least one fits.
         let (now, later) = rest.split_at(fit.count().max(1).min(rest.len()));
-        let (mut keys, mut args) = (Words::default(), Words::default());
-        for renewal in now {
-            push_heads(&mut keys, &prefix, &renewal.part.wants);
-            push_renewal(&mut args, renewal);
-        }
-        calls.push((Call::new(&RENEW, keys, args), now));
+        let heads: usize = now.iter().map(|renewal| renewal.part.wants.len()).sum();
+        let bytes = now.iter().map(|renewal| heads_bytes(&renewal.part.wants) + ID_BYTES).sum();
+        let mut call = Call::new(&RENEW, heads, 5 * now.len(), bytes);
+        now.iter().for_each(|renewal| push_heads(&mut call, &prefix, &renewal.part.wants));
+        now.iter().for_each(|renewal| push_renewal(&mut call, renewal));
+        calls.push((call, now));
         rest = later;
     }
     calls
 }
 
-fn push_renewal(args: &mut Words, renewal: &Renewal) {
-    args.write(id(&renewal.part));
-    args.push(&[&modes(&renewal.part.wants)]);
-    args.write(renewal.part.wants.len());
-    args.write(renewal.lease.as_millis());
-    args.write(u8::from(renewal.waiting));
+fn push_renewal(call: &mut Call, renewal: &Renewal) {
+    push_part(call, &renewal.part);
+    call.arg(renewal.lease.as_millis());
+    call.arg(u8::from(renewal.waiting));
+}
+
+fn push_part(call: &mut Call, part: &Part) {
+    call.arg(id(part).as_str());
+    call.arg(&*modes(&part.wants));
+    call.arg(part.wants.len());
 }
 
 pub(super) fn release(part: &Part) -> Call {
-    let (mut keys, mut args) = (Words::default(), Words::default());
-    push_heads(&mut keys, &prefix(part.partition), &part.wants);
-    args.write(id(part));
-    args.push(&[&modes(&part.wants)]);
-    Call::new(&RELEASE, keys, args)
+    let bytes = heads_bytes(&part.wants) + ID_BYTES;
+    let mut call = Call::new(&RELEASE, part.wants.len(), 2, bytes);
+    push_heads(&mut call, &prefix(part.partition), &part.wants);
+    call.arg(id(part).as_str());
+    call.arg(&*modes(&part.wants));
+    call
 }
 
 /// An operation as a part of a call that it shares with others.
 pub(super) struct Share {
-    partition: Partition,
-    heads: Words,
-    args: Words,
-    acquires: bool,
+    part: Part,
+    /// The floor and the lease of an acquire.
+    grant: Option<(Option<FencingToken>, Lease)>,
 }
 
 impl Share {
     /// Nothing for a request with metadata or a block of tokens: the shared call has only the
     /// commonest way.
     pub(super) fn acquire(ask: &Acquire) -> Option<Self> {
-        let Acquire { part, metadata, block, .. } = ask;
-        let mut share = Self { acquires: true, ..Self::release(part) };
-        share.args.write(ask.floor.map_or(0, |floor| floor.get()));
-        share.args.write(ask.lease.as_millis());
-        (metadata.is_none() && *block <= 1).then_some(share)
+        let Acquire { part, metadata, block, floor, lease, .. } = ask;
+        let grant = Some((*floor, *lease));
+        (metadata.is_none() && *block <= 1).then(|| Self { part: part.clone(), grant })
     }
 
     pub(super) fn release(part: &Part) -> Self {
-        let (mut heads, mut args) = (Words::default(), Words::default());
-        push_heads(&mut heads, &prefix(part.partition), &part.wants);
-        args.reserve(5, 80);
-        args.write(id(part));
-        args.push(&[&modes(&part.wants)]);
-        args.write(part.wants.len());
-        Self { partition: part.partition, heads, args, acquires: false }
+        Self { part: part.clone(), grant: None }
     }
 
     pub(super) fn partition(&self) -> Partition {
-        self.partition
+        self.part.partition
     }
 
     pub(super) fn keys(&self) -> usize {
-        self.heads.len()
+        self.part.wants.len()
     }
 
     pub(super) fn acquires(&self) -> bool {
-        self.acquires
+        self.grant.is_some()
     }
 }
 
 /// One call for shares of one partition, releases before acquires.
-pub(super) fn together(shares: Vec<Share>) -> Call {
-    let partition = shares.first().map_or(Partition(0), Share::partition);
-    let releases = shares.iter().filter(|share| !share.acquires);
+pub(super) fn together(shares: &[Share]) -> Call {
+    let prefix = prefix(shares.first().map_or(Partition(0), Share::partition));
+    let releases = shares.iter().filter(|share| !share.acquires());
     let released: usize = releases.clone().map(Share::keys).sum();
-    let (mut keys, mut args) = (Words::default(), Words::default());
-    args.write(releases.count());
-    args.write(released);
-    keys.push(&[&prefix(partition), "t"]);
-    for share in shares {
-        keys.append(&share.heads);
-        args.append(&share.args);
+    let keys: usize = shares.iter().map(Share::keys).sum();
+    let bytes: usize = shares.iter().map(|share| heads_bytes(&share.part.wants) + ID_BYTES).sum();
+    let mut call = Call::new(&TOGETHER, keys + 1, 5 * shares.len() + 2, bytes + 40);
+    call.key(&[&prefix, "t"]);
+    shares.iter().for_each(|share| push_heads(&mut call, &prefix, &share.part.wants));
+    call.arg(releases.count());
+    call.arg(released);
+    for Share { part, grant } in shares {
+        push_part(&mut call, part);
+        if let Some((floor, lease)) = grant {
+            call.arg(floor.map_or(0, FencingToken::get));
+            call.arg(lease.as_millis());
+        }
     }
-    Call::new(&TOGETHER, keys, args)
+    call
 }
 
 pub(super) fn cancel(part: &Part) -> Call {
-    let (id, prefix) = (id(part).to_string(), prefix(part.partition));
-    let (mut keys, mut args) = (Words::default(), Words::default());
-    keys.push(&[&prefix, "x:", &id]);
-    push_heads(&mut keys, &prefix, &part.wants);
-    args.push(&[&id]);
-    args.write(TOMBSTONE.as_millis());
-    Call::new(&CANCEL, keys, args)
+    let (id, prefix) = (id(part), prefix(part.partition));
+    let bytes = heads_bytes(&part.wants) + 2 * ID_BYTES;
+    let mut call = Call::new(&CANCEL, part.wants.len() + 1, 2, bytes);
+    call.key(&[&prefix, "x:", id.as_str()]);
+    push_heads(&mut call, &prefix, &part.wants);
+    call.arg(id.as_str());
+    call.arg(micros(TOMBSTONE) / 1_000);
+    call
 }
 
 pub(super) fn inspect(partition: Partition, key: &ResourceKey) -> Call {
     let prefix = prefix(partition);
-    let mut keys = Words::default();
+    let mut call = Call::new(&INSPECT, 6, 0, 0);
     for of in ["k:", "q:", "h:", "d:"] {
-        keys.push(&[&prefix, of, key.as_str()]);
+        call.key(&[&prefix, of, key.as_str()]);
     }
-    keys.push(&[&prefix, "w"]);
-    keys.push(&[&prefix, "e"]);
-    Call::new(&INSPECT, keys, Words::default())
+    call.key(&[&prefix, "w"]);
+    call.key(&[&prefix, "e"]);
+    call
 }
 
 /// The channel on which a client hears of its grants.
@@ -185,9 +197,22 @@ pub(super) fn resource(redis_key: &str) -> Option<ResourceKey> {
 }
 
 /// Owner and request: 48 hexadecimal digits.
-fn id(part: &Part) -> impl fmt::Display {
-    let (owner, request) = (part.owner.as_uuid().simple(), part.request);
-    fmt::from_fn(move |f| write!(f, "{owner}{request}"))
+fn id(part: &Part) -> Id {
+    let mut digits = [0; 64];
+    let (owner, request) = digits.split_at_mut(32);
+    part.owner.as_uuid().simple().encode_lower(owner);
+    // A UUID is quicker to write than a number; the request is the first half of one.
+    Uuid::from_u64_pair(part.request.as_u64(), 0).simple().encode_lower(request);
+    Id(digits)
+}
+
+struct Id([u8; 64]);
+
+impl Id {
+    fn as_str(&self) -> &str {
+        let digits = self.0.get(..48).unwrap_or_default();
+        std::str::from_utf8(digits).unwrap_or_default()
+    }
 }
 
 /// The inverse of [`id`].
@@ -197,47 +222,55 @@ pub(super) fn parse_id(text: &str) -> Option<(OwnerId, RequestId)> {
     Some((owner.parse().ok()?, RequestId::from(request)))
 }
 
-fn prefix(partition: Partition) -> String {
-    format!("palisade:{{{partition}}}:")
-}
-
-fn push_heads(keys: &mut Words, prefix: &str, wants: &[Want]) {
-    let bytes: usize = wants.iter().map(|want| prefix.len() + 2 + want.key.as_str().len()).sum();
-    keys.reserve(wants.len(), bytes);
-    for want in wants {
-        keys.push(&[prefix, "k:", want.key.as_str()]);
+fn prefix(partition: Partition) -> Cow<'static, str> {
+    match partition {
+        // A single server has no other.
+        Partition(0) => Cow::Borrowed("palisade:{0}:"),
+        partition => Cow::Owned(format!("palisade:{{{partition}}}:")),
     }
 }
 
+/// The longest lease has far fewer than can be counted.
+fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}
+
+fn push_heads(call: &mut Call, prefix: &str, wants: &[Want]) {
+    for want in wants {
+        call.key(&[prefix, "k:", want.key.as_str()]);
+    }
+}
+
+/// How long the names of the heads are, together.
+fn heads_bytes(wants: &[Want]) -> usize {
+    const PREFIX: usize = "palisade:{65535}:k:".len();
+    wants.iter().map(|want| PREFIX + want.key.as_str().len()).sum()
+}
+
 /// `x` or `s` for all keys, or one of them for each.
-fn modes(wants: &[Want]) -> String {
+fn modes(wants: &[Want]) -> Cow<'static, str> {
     let letter = |want: &Want| match want.mode {
-        Mode::Exclusive => 'x',
-        Mode::Shared => 's',
+        Mode::Exclusive => "x",
+        Mode::Shared => "s",
     };
     match wants {
         [first, rest @ ..] if rest.iter().all(|want| want.mode == first.mode) => {
-            letter(first).to_string()
+            Cow::Borrowed(letter(first))
         }
         _ => wants.iter().map(letter).collect(),
     }
 }
 
-fn micros(duration: Duration) -> u64 {
-    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::types::Lease;
 
     #[test]
     fn an_id_reads_as_it_was_written() {
         let owner = OwnerId::new(ClientId::random());
         let request = RequestId::next();
         let part = Part { partition: Partition(0), owner, request, wants: [].into() };
-        assert_eq!(parse_id(&id(&part).to_string()), Some((owner, request)));
+        assert_eq!(parse_id(id(&part).as_str()), Some((owner, request)));
         for bad in ["", "12", &"g".repeat(48), &"0".repeat(47), &"0".repeat(49)] {
             assert_eq!(parse_id(bad), None, "{bad}");
         }

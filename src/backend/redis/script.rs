@@ -1,9 +1,10 @@
 //! The scripts, and how one call of a script is put on the wire.
 
-use std::fmt::{self, Write};
+use std::borrow::Cow;
+use std::io::Write as _;
 use std::sync::OnceLock;
 
-use redis::Cmd;
+use redis::{Arg, Cmd, RedisWrite as _, ToRedisArgs};
 
 /// A script, known to the server by the hash of its text.
 #[derive(Debug)]
@@ -17,6 +18,7 @@ pub(super) struct Script {
 pub(super) static ACQUIRE: Script = Script::new(&[
     "#!lua\n",
     include_str!("lua/acquire_fast.lua"),
+    include_str!("lua/acquire_join.lua"),
     include_str!("lua/slots.lua"),
     include_str!("lua/line.lua"),
     include_str!("lua/acquire.lua"),
@@ -35,6 +37,7 @@ pub(super) static RENEW: Script = Script::new(&[
 pub(super) static RELEASE: Script = Script::new(&[
     "#!lua flags=allow-oom\n",
     include_str!("lua/release_fast.lua"),
+    include_str!("lua/release_next.lua"),
     include_str!("lua/slots.lua"),
     include_str!("lua/line.lua"),
     include_str!("lua/release.lua"),
@@ -57,7 +60,8 @@ pub(super) static INSPECT: Script =
 pub(super) static TOGETHER: Script = Script::new(&["#!lua\n", include_str!("lua/together.lua")]);
 
 /// Steps that several scripts take within a loop, or at once, and where each of them stands.
-const FRAGMENTS: [(&str, &str); 2] = [
+const FRAGMENTS: [(&str, &str); 3] = [
+    ("-- include grace.lua\n", include_str!("lua/grace.lua")),
     ("-- include mine.lua\n", include_str!("lua/mine.lua")),
     ("-- include take.lua\n", include_str!("lua/take.lua")),
 ];
@@ -98,52 +102,6 @@ impl Script {
     }
 }
 
-/// Texts one after the other in one buffer: a call may have a thousand of them.
-#[derive(Debug, Default)]
-pub(super) struct Words {
-    text: String,
-    ends: Vec<usize>,
-}
-
-impl Words {
-    /// Adds a word that is made of `pieces`.
-    pub(super) fn push(&mut self, pieces: &[&str]) {
-        self.text.extend(pieces.iter().copied());
-        self.ends.push(self.text.len());
-    }
-
-    /// Adds a word that is written by `fmt`.
-    pub(super) fn write(&mut self, word: impl fmt::Display) {
-        // A string takes everything.
-        let _ = write!(self.text, "{word}");
-        self.ends.push(self.text.len());
-    }
-
-    /// Adds the words of `other`.
-    pub(super) fn append(&mut self, other: &Self) {
-        let before = self.text.len();
-        self.text.push_str(&other.text);
-        self.ends.extend(other.ends.iter().map(|end| before + end));
-    }
-
-    /// Makes place for more words, of so many bytes together.
-    pub(super) fn reserve(&mut self, words: usize, bytes: usize) {
-        self.text.reserve(bytes);
-        self.ends.reserve(words);
-    }
-
-    pub(super) fn len(&self) -> usize {
-        self.ends.len()
-    }
-
-    fn each(&self) -> impl Iterator<Item = &str> {
-        let mut from = 0;
-        self.ends
-            .iter()
-            .filter_map(move |end| self.text.get(std::mem::replace(&mut from, *end)..*end))
-    }
-}
-
 /// What one backend sends: the scripts above, unless a test has edited them for this one.
 #[derive(Debug, Default)]
 pub(super) struct Scripts {
@@ -169,37 +127,57 @@ impl Scripts {
     }
 }
 
-/// One call of a script.
-#[derive(Debug)]
+/// One call of a script, as it is sent to a server that knows the script.
 pub(super) struct Call {
     script: &'static Script,
-    keys: Words,
-    args: Words,
+    command: Cmd,
 }
 
 impl Call {
-    pub(super) fn new(script: &'static Script, keys: Words, args: Words) -> Self {
-        Self { script, keys, args }
+    /// A call with so many keys, and about so many arguments and bytes of all of them.
+    pub(super) fn new(script: &'static Script, keys: usize, args: usize, bytes: usize) -> Self {
+        let hash = script.hash();
+        let mut command = Cmd::with_capacity(3 + keys + args, 16 + hash.len() + bytes);
+        command.arg("EVALSHA").arg(hash).arg(keys);
+        Self { script, command }
+    }
+
+    /// Adds a key, which is made of `pieces`. All keys come before all arguments.
+    pub(super) fn key(&mut self, pieces: &[&str]) {
+        let mut key = self.command.writer_for_next_arg();
+        for piece in pieces {
+            // A buffer takes everything.
+            let _ = key.write_all(piece.as_bytes());
+        }
+    }
+
+    /// Adds an argument.
+    pub(super) fn arg(&mut self, arg: impl ToRedisArgs) {
+        self.command.arg(arg);
     }
 
     /// The call, for a server that knows the script.
-    pub(super) fn by_hash(&self, scripts: &Scripts) -> Cmd {
-        self.command("EVALSHA", scripts.of(self.script).hash())
+    pub(super) fn by_hash(&self, scripts: &Scripts) -> Cow<'_, Cmd> {
+        let script = scripts.of(self.script);
+        if std::ptr::eq(script, self.script) {
+            return Cow::Borrowed(&self.command);
+        }
+        Cow::Owned(self.rewritten("EVALSHA", script.hash()))
     }
 
     /// The call with the text of the script, which the server then knows.
     pub(super) fn by_text(&self, scripts: &Scripts) -> Cmd {
-        self.command("EVAL", scripts.of(self.script).text())
+        self.rewritten("EVAL", scripts.of(self.script).text())
     }
 
-    fn command(&self, name: &str, script: &str) -> Cmd {
-        let (keys, args) = (self.keys.len(), self.args.len());
-        let bytes = self.keys.text.len() + self.args.text.len() + name.len() + script.len() + 8;
-        let mut command = Cmd::with_capacity(keys + args + 3, bytes);
-        command.arg(name).arg(script).arg(keys);
-        self.keys.each().chain(self.args.each()).for_each(|word| {
-            command.arg(word);
-        });
+    fn rewritten(&self, name: &str, script: &str) -> Cmd {
+        let mut command = redis::cmd(name);
+        command.arg(script);
+        for arg in self.command.args_iter().skip(2) {
+            if let Arg::Simple(arg) = arg {
+                command.arg(arg);
+            }
+        }
         command
     }
 }

@@ -149,9 +149,9 @@ impl Together {
         queue.calls += 1;
         drop(queue);
         passengers.sort_by_key(|passenger| passenger.share.acquires());
-        let (shares, answers) =
+        let (shares, answers): (Vec<_>, _) =
             passengers.into_iter().map(|Passenger { share, answer }| (share, answer)).unzip();
-        Some((request::together(shares), Trip { together: self, answers }))
+        Some((request::together(&shares), Trip { together: self, answers }))
     }
 
     fn lock(&self) -> MutexGuard<'_, Queue> {

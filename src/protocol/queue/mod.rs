@@ -180,7 +180,10 @@ impl Queue {
         self.promote(now_us, keys(&renewal.part.wants))?;
         if let Some(held) = self.held.get_mut(&id) {
             held.deadline_us = held.deadline_us.max(now_us + micros(renewal.lease.get()));
-            let grant = Grant { request: id.1, tokens: held.tokens.clone(), block: 1 };
+            // Whoever was let in by this very call may hear of it by the answer before the push.
+            let told = self.handed_over.iter().rev().find(|(_, other, _)| *other == id);
+            let block = told.map_or(1, |(.., block)| *block);
+            let grant = Grant { request: id.1, tokens: held.tokens.clone(), block };
             return Ok(Renewed::Held(renewal.waiting.then_some(grant)));
         }
         if self.waiting.contains_key(&id) {

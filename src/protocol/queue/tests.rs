@@ -324,14 +324,37 @@ fn a_block_is_reserved_by_the_grant_and_the_next_token_is_above_it() {
 fn an_owner_that_holds_something_and_a_counter_that_runs_ahead_get_one_token() {
     let mut b = Bench::new();
     let owner = b.owner();
-    let hour = 3_600_000_000;
-    let far = Acquire { block: 3_600_000_000, ..b.ask(owner, &[("a", X)]) };
+    let far = Acquire { block: 1000, ..b.ask(owner, &[("a", X)]) };
     assert_eq!(tokens(&b.acquire(&far)), [START]);
     let more = Acquire { block: 9, standing: Standing::Incremental, ..b.ask(owner, &[("b", X)]) };
-    assert_eq!(tokens(&b.acquire(&more)), [START + hour]);
+    assert_eq!(tokens(&b.acquire(&more)), [START + 1000]);
     let other = Acquire { block: 9, ..b.ask(b.owner(), &[("c", X)]) };
     let Acquired::Granted(grant) = b.acquire(&other) else { panic!("not granted") };
-    assert_eq!((grant.block, grant.tokens[0]), (1, token(START + hour + 1)));
+    assert_eq!((grant.block, grant.tokens[0]), (1, token(START + 1001)));
+}
+
+#[test]
+fn whoever_is_let_in_by_its_own_refresh_is_told_of_its_block_by_the_answer() {
+    let mut b = Bench::new();
+    let first = b.ask(b.owner(), &[("a", X)]);
+    let second = Acquire { block: 10, ..b.ask(b.owner(), &[("a", X)]) };
+    b.acquire(&first);
+    b.acquire(&second);
+    let again = [Renewal { part: second.part.clone(), lease: second.lease, waiting: true }];
+    let most_of_it = u64::try_from(first.lease.get().as_micros()).unwrap() * 2 / 3;
+    b.now_us += most_of_it;
+    let queued = b.queue.renew(b.now_us, &again).unwrap().remove(0);
+    assert!(matches!(queued, Renewed::Queued { .. }));
+    b.now_us += most_of_it;
+    let Renewed::Held(Some(grant)) = b.queue.renew(b.now_us, &again).unwrap().remove(0) else {
+        panic!("not held")
+    };
+    assert_eq!(grant.block, 10);
+    b.queue.take_hand_overs();
+    let Renewed::Held(Some(copy)) = b.queue.renew(b.now_us, &again).unwrap().remove(0) else {
+        panic!("not held")
+    };
+    assert_eq!((copy.block, copy.tokens), (1, grant.tokens), "the next call knows of one");
 }
 
 #[test]

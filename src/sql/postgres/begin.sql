@@ -4,8 +4,9 @@
 -- {lease_ms}
 -- Returns nothing.
 --
--- Only SET: a SELECT would take the snapshot of a REPEATABLE READ transaction before the fence. The
--- first two limits are those of the fence statement, which puts the branch's own in their place.
+-- Only SET: a SELECT would take the snapshot of a REPEATABLE READ transaction before the fence,
+-- which follows in the same message. The first two limits are those of the fence statement, which
+-- puts the branch's own in their place.
 BEGIN {isolation} READ WRITE;
 SET LOCAL application_name = '{name}';
 SET LOCAL lock_timeout = {lock_ms};

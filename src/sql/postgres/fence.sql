@@ -4,8 +4,8 @@
 -- $4 owner
 -- $5 attempt; NULL for a branch that only reads, which stamps no write_tx
 -- $6, $7 lock_timeout and statement_timeout of what follows, in milliseconds, as text
--- Returns one row: the keys that passed, the write_tx found at each, the id of this transaction,
--- its isolation level. Fewer keys than asked for: stale.
+-- Returns one row: the keys that passed, in hex; the write_tx found at each; the id of this
+-- transaction; its isolation level. Fewer keys than asked for: stale.
 --
 -- A writer passes above both tokens, or with the same token and owner. A reader passes above the
 -- write token, or beside its own. Tokens at or below the watermark never pass, whether or not their
@@ -47,7 +47,7 @@ WITH passed AS (
     RETURNING f.resource, f.prior_tx
 )
 SELECT
-    coalesce(array_agg(resource::text), '{}'),
+    coalesce(array_agg(encode(convert_to(resource, 'UTF8'), 'hex')), '{}'),
     coalesce(array_agg(prior_tx), '{}'),
     pg_current_xact_id()::text,
     current_setting('transaction_isolation'),

@@ -1,6 +1,7 @@
 -- Fails unless the open transaction is the one that was fenced. Sent in one message with its end.
 --
--- {truth}: a condition that only holds in that transaction
+-- {truth}: a condition that only holds in that transaction. The one of a branch that writes has a
+-- parameter, the id that the fence returned, because it is prepared.
 -- Returns 0.
 --
 -- A COMMIT in a failed transaction answers ROLLBACK without an error, and a COMMIT that the program

@@ -8,7 +8,8 @@ use tokio::time::{Instant, sleep, timeout};
 use uuid::Uuid;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::sql::postgres::{LOOK, NOT_PROVEN, prove_id, prove_read};
+use crate::sql::postgres::prepared::{LACKING, Prepared};
+use crate::sql::postgres::{LOOK, NOT_PROVEN, prove_read};
 use crate::sql::{classify, lost_reply, refuse, sqlstate};
 
 use super::super::Outcome;
@@ -50,12 +51,16 @@ async fn refused(mut session: Session<Postgres>, ending: &End<'_>, error: sqlx::
     if is_other(&error) {
         return Outcome::InDoubt(doubt(ending.fence, OTHER).with_source(error));
     }
+    let lacking = sqlstate(&error) == LACKING;
     let why = classify("commit", error).with_transaction(ending.fence.attempt);
     let ended = match session.conn() {
         Ok(conn) => roll_back(conn, ending, "").await,
         Err(error) => Err(refuse(error)),
     };
     match ended {
+        // The session has lost the statements that a branch needs, or a part of them. With a new
+        // one that does not happen again.
+        Ok(true) if lacking => Outcome::RolledBack(why),
         Ok(true) => {
             session.release();
             Outcome::RolledBack(why)
@@ -155,7 +160,7 @@ async fn roll_back(
 
 fn prove(ending: &End<'_>) -> String {
     match ending.facts.id {
-        Some(id) => prove_id(id),
+        Some(id) => Prepared::of(ending.store.fence).prove(id),
         None => prove_read(ending.fence.attempt),
     }
 }

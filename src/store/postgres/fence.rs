@@ -1,10 +1,11 @@
 //! The fence statement and what it answers.
 
-use sqlx::PgConnection;
+use sqlx::{AssertSqlSafe, Executor, PgConnection, Row};
 use uuid::Uuid;
 
 use crate::error::Error;
-use crate::sql::postgres::{Published, TOKENS, hex, millis};
+use crate::sql::postgres::prepared::{Prepared, Shown};
+use crate::sql::postgres::{Published, TOKENS, hex, millis, unhex};
 use crate::types::Mode;
 
 use super::super::sql_store::SqlStore;
@@ -20,29 +21,29 @@ pub(super) struct Taken {
     pub(super) read_committed: bool,
 }
 
-type Row = (Vec<String>, Vec<Option<Uuid>>, String, String);
-
-/// Shows the tokens to the rows of `held`.
+/// Shows the tokens to the rows of `held`, in one message with the statements `before` it.
 pub(super) async fn take(
     conn: &mut PgConnection,
     store: &SqlStore<Postgres>,
     fence: &Fence,
     held: &[Held],
     attempt: Option<Uuid>,
+    mut before: String,
 ) -> Result<Taken, sqlx::Error> {
-    let (keys, exclusive, tokens) = columns(held, |key| key.to_owned());
-    let (keys, priors, id, isolation): Row = sqlx::query_as(store.fence)
-        .bind(keys)
-        .bind(exclusive)
-        .bind(tokens)
-        .bind(fence.owner.as_uuid())
-        .bind(attempt)
-        .bind(millis(fence.lease.get()))
-        .bind(millis(store.limit()))
-        .fetch_one(conn)
-        .await?;
+    let shown = Shown {
+        held: held.iter().map(shown).collect(),
+        owner: fence.owner.as_uuid(),
+        attempt,
+        limits: [millis(fence.lease.get()), millis(store.limit())],
+    };
+    before += &Prepared::of(store.fence).fence(&shown);
+    let rows = conn.fetch_all(sqlx::raw_sql(AssertSqlSafe(before))).await?;
+    let row = rows.last().ok_or(sqlx::Error::RowNotFound)?;
+    let keys: Vec<String> = row.try_get(0)?;
+    let priors: Vec<Option<Uuid>> = row.try_get(1)?;
+    let (id, isolation): (String, String) = (row.try_get(2)?, row.try_get(3)?);
     let id = id.parse().map_err(|_| sqlx::Error::Protocol(format!("no transaction id: {id}")))?;
-    let passed = keys.into_iter().zip(priors).collect();
+    let passed = keys.iter().map(|key| unhex(key).unwrap_or_default()).zip(priors).collect();
     Ok(Taken { passed, id, read_committed: isolation == "read committed" })
 }
 
@@ -79,19 +80,22 @@ pub(super) fn columns(
     held: &[Held],
     text: impl Fn(&str) -> String,
 ) -> (Vec<String>, Vec<bool>, Vec<i64>) {
-    let keys = held.iter().map(|held| text(held.key.as_str())).collect();
-    let exclusive = held.iter().map(|held| held.mode == Mode::Exclusive).collect();
-    let tokens = held.iter().map(|held| signed(held.token)).collect();
+    let (mut keys, mut exclusive, mut tokens) = (Vec::new(), Vec::new(), Vec::new());
+    for (key, mode, token) in held.iter().map(shown) {
+        keys.push(text(key));
+        exclusive.push(mode);
+        tokens.push(token);
+    }
     (keys, exclusive, tokens)
+}
+
+/// A key, whether it is held exclusively, and its token.
+fn shown(held: &Held) -> (&str, bool, i64) {
+    (held.key.as_str(), held.mode == Mode::Exclusive, signed(held.token))
 }
 
 /// What others may know of the branch.
 pub(super) fn published(fence: &Fence) -> Published {
-    let key =
-        |held: &Held| (hex(held.key.as_str()), held.mode == Mode::Exclusive, signed(held.token));
-    Published {
-        attempt: fence.attempt,
-        owner: fence.owner.as_uuid(),
-        keys: fence.held.iter().map(key).collect(),
-    }
+    let keys = fence.held.iter().map(shown).map(|(key, mode, token)| (hex(key), mode, token));
+    Published { attempt: fence.attempt, owner: fence.owner.as_uuid(), keys: keys.collect() }
 }

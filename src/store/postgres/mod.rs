@@ -1,7 +1,9 @@
 //! PostgreSQL: rows are locked, so branches with different keys run side by side.
 //!
-//! Opening a branch takes two messages and answers (four for a branch that only reads), committing
-//! takes one: the statements that take no parameters travel together.
+//! Opening a branch takes one message and its answer (three for a branch that only reads), and so
+//! does committing: statements that take no parameters travel together, and the fence is prepared
+//! in the session, so that it can be called from the same message. A session that does not have it
+//! yet costs one message more, and an error in the log of the server.
 //!
 //! Why is every branch published? A client that is stopped keeps its rows locked until its lease
 //! ends the session, while a newer holder, whose lease began when the old one ended, waits. The

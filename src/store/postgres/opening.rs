@@ -6,6 +6,7 @@ use sqlx::Postgres;
 use tokio::time::Instant;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::sql::postgres::prepared::{LACKING, Prepared};
 use crate::sql::postgres::{begin, begin_read, name, publish, savepoint};
 use crate::sql::{FENCE_TIMEOUT, classify, refuse, sqlstate};
 use crate::types::Want;
@@ -26,7 +27,7 @@ const LOCK_TIMEOUT: Duration = Duration::from_millis(150);
 /// for rows that this branch has.
 const EXTEND_PATIENCE: Duration = Duration::from_secs(1);
 
-/// Opens a branch that may write: two round trips when nobody is in the way.
+/// Opens a branch that may write: one round trip when nobody is in the way.
 pub(super) async fn open(store: &SqlStore<Postgres>, fence: &Fence) -> Result<Opened<Postgres>> {
     let (session, taken) = pass(store, fence, false).await?;
     let mut facts =
@@ -35,7 +36,7 @@ pub(super) async fn open(store: &SqlStore<Postgres>, fence: &Fence) -> Result<Op
     Ok(Opened { session, facts })
 }
 
-/// Opens a branch that reads one snapshot: four round trips.
+/// Opens a branch that reads one snapshot: three round trips.
 pub(super) async fn open_read(
     store: &SqlStore<Postgres>,
     fence: &Fence,
@@ -70,20 +71,22 @@ async fn pass(
         Some(name) => (name, String::new()),
         None => (name::start(fence.attempt), publish(&branch)),
     };
+    let mut prepared = false;
     loop {
         let left = fence.deadline.saturating_duration_since(Instant::now());
         let lock = LOCK_TIMEOUT.min(left);
         message += &begin(&name, isolation, lock, FENCE_TIMEOUT, fence.lease.get());
-        let begun = run(session.conn()?, std::mem::take(&mut message)).await;
-        if let Err(error) = begun {
-            return Err(end_refused(session, classify("fence", error)).await);
-        }
-        match take(session.conn()?, store, fence, &fence.held, attempt).await {
+        let before = std::mem::take(&mut message);
+        match take(session.conn()?, store, fence, &fence.held, attempt, before).await {
             Ok(taken) if taken.passed.len() == fence.held.len() => return Ok((session, taken)),
             Ok(taken) => {
                 let error = refusal(session.conn()?, &fence.held, &taken).await;
                 let error = error.unwrap_or_else(|error| classify("fence", error));
                 return Err(end_refused(session, error).await);
+            }
+            Err(error) if !prepared && sqlstate(&error) == LACKING => {
+                message = Prepared::of(store.fence).prepare();
+                prepared = true;
             }
             Err(error) if is_blocked(&error) => {
                 run(session.conn()?, "ROLLBACK").await.map_err(|e| classify("fence", e))?;
@@ -148,8 +151,8 @@ pub(super) async fn extend(
     let conn = open.session.conn().map_err(refuse)?;
     let deadline = Instant::now() + EXTEND_PATIENCE.min(fence.lease.get());
     loop {
-        run(conn, savepoint(LOCK_TIMEOUT, FENCE_TIMEOUT)).await?;
-        let refused = match take(conn, store, fence, &missing, Some(fence.attempt)).await {
+        let before = savepoint(LOCK_TIMEOUT, FENCE_TIMEOUT);
+        let refused = match take(conn, store, fence, &missing, Some(fence.attempt), before).await {
             Ok(taken) if taken.passed.len() == missing.len() => {
                 run(conn, "RELEASE SAVEPOINT palisade_extend").await?;
                 open.facts.fenced.add(&missing, &taken.passed);

@@ -37,7 +37,10 @@ const TABLE: &[Row] = &[
     Row(Operation::Acquire, 1, 2),
     Row(Operation::Wait, 0, 1),
     Row(Operation::Renew, 1, 1),
+    Row(Operation::Renew, 2, 2),
+    Row(Operation::Release, 1, 0),
     Row(Operation::Release, 2, 1),
+    Row(Operation::Drop, 1, 0),
     Row(Operation::Drop, 2, 1),
 ];
 

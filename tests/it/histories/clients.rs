@@ -87,6 +87,7 @@ impl Record {
                 let client = Client {
                     record: Arc::clone(self),
                     locks: locks.clone(),
+                    shared: owners[task % owners.len()],
                     owner: owners[task % owners.len()],
                     random: Rng::with_seed(self.plan.seed ^ (number << 48)),
                     held: Vec::new(),
@@ -107,6 +108,7 @@ impl Record {
                 let mut client = Client {
                     record: Arc::clone(self),
                     locks: locks.clone(),
+                    shared: owner,
                     owner,
                     random: Rng::with_seed(0),
                     held: Vec::new(),
@@ -160,6 +162,9 @@ impl Record {
 struct Client {
     record: Arc<Record>,
     locks: Locks,
+    /// The owner that another task asks as, too.
+    shared: OwnerId,
+    /// Who asks now.
     owner: OwnerId,
     random: Rng,
     key: String,
@@ -193,9 +198,18 @@ impl Client {
     /// Waits for the key, or only tries.
     async fn acquire(&mut self, wait: Option<Duration>) {
         let (record, key) = (Arc::clone(&self.record), self.key.clone());
+        // An owner that nobody else knows may get its lock from another request of its service.
+        let fresh = self.held.is_empty() && self.random.bool();
+        if self.held.is_empty() {
+            self.owner = if fresh { self.locks.owner() } else { self.shared };
+        }
         let owner = record.owner(self.owner);
         let entry = record.entries.fetch_add(1, Ordering::SeqCst);
-        let request = self.locks.lock(&key).owner(self.owner);
+        let request = self.locks.lock(&key);
+        let request = match fresh {
+            true => request.new_owner(self.owner),
+            false => request.owner(self.owner),
+        };
         let invoked = record.now();
         let answer = match wait {
             Some(wait) => request.wait(wait).acquire().await,
@@ -230,7 +244,8 @@ impl Client {
         if !plan.lapses {
             return;
         }
-        let shortest = Lease::new(plan.lease).unwrap().sure_claim().as_nanos();
+        // What is passed on within a service lasts for a tenth of a claim at least.
+        let shortest = Lease::new(plan.lease).unwrap().claim().as_nanos() / 10;
         self.record.write(&self.key, Act::Lapse { entry }, invoked + shortest, None);
         if returned - invoked > shortest {
             let (owner, entry) =
@@ -271,6 +286,10 @@ impl Client {
         let seen = self.locks.inspect(&self.key).await;
         let returned = self.record.now();
         let Ok(seen) = seen else { return };
+        if seen.holders.iter().any(|holder| holder.owner.is_group()) {
+            // The service does not know who of the group holds it.
+            return;
+        }
         let first = seen.holders.first().map(|holder| {
             let same = |other: &palisade::protocol::Holder| {
                 (other.owner, other.token) == (holder.owner, holder.token)

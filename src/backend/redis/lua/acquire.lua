@@ -1,14 +1,7 @@
--- Asks for all keys of a set: the slow way, behind acquire_fast.lua, slots.lua and line.lua.
---
--- ARGV[5]: f (fresh), b (fresh, with a block of tokens) or i (incremental), w (wait) or t (try),
--- then :client:limit, refresh, waiter and claim times in µs, and for b the block. The order
--- of the checks is that of protocol::Queue::acquire. A place in line is a number from the token
--- counter: it only grows, whatever the clock does.
+-- Asks for all keys of a set: the slow way, behind acquire_fast.lua, acquire_join.lua, slots.lua
+-- and line.lua. The order of the checks is that of protocol::Queue::acquire.
 local owner, r = sub(ARGV[1], 1, 32), sub(ARGV[1], 33)
-local standing_as, wait, client, limit, refresh, life, claim, block =
-  match(ARGV[5], '^([fbi])([wt]):(%x+):(%d+):(%d+):(%d+):(%d+):?(%d*)$')
 local fresh = standing_as ~= 'i'
-block = tonumber(block) or 1
 local floor = tonumber(ARGV[4])
 local meta = ARGV[6]
 local wants = wants_of(2, #KEYS - 1, modes)
@@ -87,10 +80,6 @@ for i, w in ipairs(wants) do
   s.line = s.line + 1
   s.need = math.max(s.need, ends)
 end
-call('ZADD', E, text(ends), ARGV[1])
-call('HSET', W, ARGV[1], table.concat({
-  text(number), text(now), refresh, life, claim, client, ARGV[4], meta and '1' or '0', block,
-  ARGV[3], table.concat(names, '\0'),
-}, ':'))
+enrol(text(number), table.concat(names, '\0'))
 local position, ask = standing(record(ARGV[1]))
 return save({'queued', position, ask})

@@ -15,6 +15,7 @@
 -- is refused may leave the counter higher, though not by its floor: tokens only have to grow.
 -- Refused by Redis as a whole when memory is full: the script has no allow-oom flag.
 local call = redis.call
+-- include grace.lua
 local id, lease, modes = ARGV[1], ARGV[2], ARGV[3]
 local t = call('TIME')
 local now = t[1] * 1000000 + t[2]
@@ -25,11 +26,14 @@ local old = redis.pcall('SET', KEYS[1], stamp, 'KEEPTTL', 'GET')
 local count, mark = 0, ''
 local good = true
 if old then
-  local n, m = string.match(type(old) == 'string' and old or '', '^(%d+)(!?%d*)$')
-  good = n and #n < 17
+  local digits, marked = type(old) == 'string' and old or '', nil
+  if not string.find(digits, '^%d+$') then
+    digits, marked = string.match(digits, '^(%d+)!(%d*)$')
+  end
+  good = digits and #digits < 17
   if good then
-    count, mark = tonumber(n), m
-    if (tonumber(string.sub(m, 2)) or 0) < now then mark = '' end
+    count = digits + 0
+    if marked and (tonumber(marked) or 0) >= now then mark = '!' .. marked end
     if count >= token or mark ~= '' then
       token = math.max(now, count + 1)
       good = token <= last and token < 9007199254740992
@@ -42,15 +46,18 @@ end
 if not good then return {'corrupt', KEYS[1]} end
 count = token
 
-local prefix = string.match(KEYS[1], '^palisade:{%d+}:')
+local prefix = string.sub(KEYS[1], 1, -2)
 local cancelled = mark ~= '' and call('EXISTS', prefix .. 'x:' .. id) == 1
 if not cancelled and ARGV[4] + 0 < token and string.byte(ARGV[5]) ~= 98 then -- b has a block
   local modes = ARGV[6] and string.upper(modes) or modes
   local from, to = 2, #KEYS
 -- include take.lua
   if taken then
-    if ARGV[6] then call('SET', prefix .. 'm:' .. id, ARGV[6], 'PX', lease + 30000) end
+    if ARGV[6] then call('SET', prefix .. 'm:' .. id, ARGV[6], 'PX', lease + GRACE) end
     return token
   end
 end
 local v = call('MGET', unpack(KEYS, 2))
+local standing_as, wait, client, limit, refresh, life, claim, block =
+  string.match(ARGV[5], '^([fbi])([wt]):(%x+):(%d+):(%d+):(%d+):(%d+):?(%d*)$')
+block = tonumber(block) or 1

@@ -16,9 +16,9 @@ local function record(id)
     wants[i] = {name = name, m = #modes == 1 and modes or sub(modes, i, i)}
   end
   return {
-    id = id, owner = sub(id, 1, 32), r = sub(id, 33), ticket = ticket, refresh = tonumber(refresh),
-    life = tonumber(life), claim = tonumber(claim), client = client, floor = tonumber(floor),
-    meta = meta == '1', block = tonumber(block), wants = wants,
+    id = id, owner = sub(id, 1, 32), r = sub(id, 33), ticket = tonumber(ticket),
+    refresh = tonumber(refresh), life = tonumber(life), claim = tonumber(claim), client = client,
+    floor = tonumber(floor), meta = meta == '1', block = tonumber(block), wants = wants,
   }
 end
 
@@ -60,24 +60,28 @@ end
 -- wants to be alone can be: it is in the way of all who came later, in line or as a holder. (Of all
 -- but its own owner: but an owner has one waiting request, and its clients see to that.)
 local function front(s, found)
-  local from, size = 0, 8
+  local from, size = 0, 1
   while from < s.line do
-    local w = call('ZRANGE', s.q, from, from + size - 1, 'WITHSCORES')
-    for i = 1, #w, 2 do
-      local m, id = sub(w[i], 1, 1), sub(w[i], 2)
+    for _, member in ipairs(call('ZRANGE', s.q, from, from + size - 1)) do
+      local m, id = sub(member, 1, 1), sub(member, 2)
       local open = not taken(s, sub(id, 1, 32), m)
       if open then
-        found[#found + 1] = {ticket = tonumber(w[i + 1]), id = id, s = s, member = w[i]}
+        local rec = record(id)
+        local ticket = rec and rec.ticket or 0
+        found[#found + 1] = {ticket = ticket, id = id, rec = rec, s = s, member = member}
       end
       if m == 'x' and (open or call('HEXISTS', W, id) == 1) then return end
     end
-    from, size = from + size, size * 4
+    from, size = from + size, size * 8
   end
 end
 
+-- How many tokens those who were let in by this call have.
+local reserved = {}
+
 -- Grants one waiter if nothing is in its way on any of its keys.
 local function let_in(c)
-  local rec = record(c.id)
+  local rec = c.rec
   if not rec then -- its record was deleted by somebody else
     c.s.line = c.s.line - call('ZREM', c.s.q, c.member)
     c.s.changed = c.s.changed or not c.s.many
@@ -93,6 +97,7 @@ local function let_in(c)
   leave(rec)
   local tokens, block =
     hold(rec.owner, rec.r, rec.wants, now + rec.claim, token, rec.meta, rec.block)
+  reserved[rec.id] = block
   -- A push is a hint; a user who may not publish must not stop the script half-way.
   try('PUBLISH', 'palisade:c:' .. rec.client, rec.id .. ' ' .. runs(tokens) .. ' ' .. block)
 end

@@ -7,6 +7,7 @@
 -- Runs with allow-oom, as renew and cancel do: what is held must be given up when memory is full.
 -- One key is read by GET, which costs half of MGET; MGET shows a foreign type as missing.
 local call = redis.call
+-- include grace.lua
 local id, modes = ARGV[1], ARGV[2]
 local from, to = 1, #KEYS
 local v

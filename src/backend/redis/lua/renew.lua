@@ -29,7 +29,7 @@ for _, x in ipairs(slow) do
     local meta
     for _, w in ipairs(wants) do meta = lengthen(slot(w.name), owner, r, now + lease * 1000) end
     if meta then extend(P .. 'm:' .. id, lease + GRACE) end
-    out[x.index] = ARGV[x.a + 4] == '1' and {'held', runs(tokens)} or 1
+    out[x.index] = ARGV[x.a + 4] == '1' and {'held', runs(tokens), reserved[id] or 1} or 1
   elseif n == 0 and rec then
     local _, ask = standing(rec)
     out[x.index] = {'queued', ask}

@@ -4,9 +4,9 @@
 -- Returns: nothing; it defines what line.lua and the script's own part use
 --
 -- Stands between the fast way of a script and its slow way, so that a call that meets nobody never
--- pays for it. Expects: call = redis.call; now = the clock in µs, read once; count, mark = the
--- number in the token counter and what follows it, where it was read already, else nil. The layout,
--- and why: docs of redis/mod.rs.
+-- pays for it. Expects: call = redis.call; GRACE; now = the clock in µs, read once; count, mark =
+-- the number in the token counter and what follows it, where it was read already, else nil. The
+-- layout, and why: docs of redis/mod.rs.
 --
 -- Every script loads and checks, decides, writes, and saves last. Reads of what could be foreign go
 -- through pcall; after a slot is loaded, no later call on its keys can fail.
@@ -15,7 +15,6 @@ local sub, match, gmatch = string.sub, string.match, string.gmatch
 local upper, lower = string.upper, string.lower
 local P = match(KEYS[1], '^palisade:{%d+}:')
 local W, E = P .. 'w', P .. 'e'
-local GRACE = 30000 -- ms that a key with explicit deadlines outlives the last of them
 local slots, order = {}, {} -- by name, and in the order in which they were loaded
 local dirty = {} -- names of keys at which something got weaker
 local corrupt -- the Redis key that holds something foreign
@@ -251,14 +250,14 @@ end
 
 -- Whether a conflicting waiter of another owner stands in line before `me`, or at all.
 local function earlier(s, owner, m, me)
-  local from, size = 0, 8
+  local from, size = 0, 1
   while from < s.line do
     for _, w in ipairs(call('ZRANGE', s.q, from, from + size - 1)) do
       if w == me then return false end
       if (m == 'x' or sub(w, 1, 1) == 'x') and sub(w, 2, 33) ~= owner
           and call('HEXISTS', W, sub(w, 2)) == 1 then return true end
     end
-    from, size = from + size, size * 4
+    from, size = from + size, size * 8
   end
   return false
 end
@@ -306,12 +305,13 @@ local function add(s, owner, r, m, deadline, token)
 end
 
 -- Grants a request on all of its keys; a key that its owner holds keeps its token. Reserves `block`
--- tokens if all keys are new, and one where the counter is ahead of the clock by more than a second
--- (protocol::last_of_block). Returns the tokens, and how many were reserved.
+-- tokens if all keys are new, and one where the block would end more than a millisecond ahead of
+-- the clock (protocol::last_of_block). Returns the tokens, and how many were reserved.
 local function hold(owner, r, wants, deadline, fresh, meta, block)
   local tokens, took = {}, false
   if block > 1 then
-    local far = fresh > now + 1000000 or fresh + block > 9007199254740992
+    local last = fresh + block - 1
+    local far = last > now + 1000 or last >= 9007199254740992
     for _, w in ipairs(wants) do
       if far or own(slot(w.name), owner) then block = 1 end
     end
