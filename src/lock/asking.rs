@@ -368,6 +368,7 @@ async fn stand_in_line(pending: Pending<'_>, until: Option<Instant>) -> Result<F
 pub(super) fn instead(error: &Arc<Error>) -> Error {
     let detail = "the service was asked for several requests of this process at once, in vain";
     let own = Error::new(error.kind(), "acquire", detail).with_source(Arc::clone(error));
+    let own = error.retry_after().into_iter().fold(own, Error::with_retry_after);
     match error.key() {
         Some(key) => own.with_key(key.clone()),
         None => own,
