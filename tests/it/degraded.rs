@@ -296,7 +296,7 @@ on_both! {
                 }
             });
         }
-        for _ in 0..3 {
+        for _ in 0..2 {
             counts.grow("those who are back", &counts.back).await;
             proxy.sever(true);
             let (degraded, others) = (&counts.degraded, &counts.others);
@@ -326,7 +326,7 @@ struct Counts {
 impl Counts {
     /// Waits for some more of these.
     async fn grow(&self, whose: &str, count: &AtomicU32) {
-        let enough = count.load(Ordering::Relaxed) + 5;
+        let enough = count.load(Ordering::Relaxed) + 2;
         let grown = async || count.load(Ordering::Relaxed) >= enough;
         wait_until(&format!("{whose} have done some more"), SOON * 2, grown).await;
     }
