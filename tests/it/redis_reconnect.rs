@@ -126,7 +126,8 @@ async fn a_server_that_greets_and_closes_at_the_first_call_sees_no_storm() {
     let url = format!("redis://127.0.0.1:{}", proxy.port());
     let redis = RedisBackend::connect(&url, RedisOptions::default()).await.unwrap();
     let client = Client::of(&redis).await;
-    for _ in 0..1000 {
+    // The proxy looks for each of them in all that passes, so not many more than are met.
+    for _ in 0..100 {
         proxy.plan("EVALSHA", Fault::At(Point::Request, Harm::Cut));
     }
     let events = Events::collect();
