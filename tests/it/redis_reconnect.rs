@@ -66,6 +66,28 @@ async fn a_dead_server_is_tried_a_few_times_a_second_and_found_soon_when_it_is_b
     println!("back after {:?}", served_again(&redis, &client).await);
 }
 
+#[tokio::test]
+async fn a_call_that_is_kept_and_not_polled_holds_up_nobody() {
+    let server = RedisServer::start();
+    let proxy = Proxy::start(server.port()).await;
+    let url = format!("redis://127.0.0.1:{}", proxy.port());
+    let redis = RedisBackend::connect(&url, patient(SOON)).await.unwrap();
+    let client = Client::of(&redis).await;
+    let held = client.ask(&[("held", X)]);
+    tokens(&redis.acquire(&held).await.unwrap());
+    proxy.sever(true);
+    let (kept, other) = (client.ask(&[("k", X)]), client.ask(&[("l", X)]));
+    let mut kept = std::pin::pin!(redis.acquire(&kept));
+    for _ in 0..3 {
+        // Long enough to be where it waits for a connection.
+        assert!(timeout(A_MOMENT, &mut kept).await.is_err());
+    }
+    proxy.sever(false);
+    assert_eq!(timeout(SOON, renew(&redis, &held, false)).await.unwrap(), Renewed::Held(None));
+    tokens(&timeout(SOON, redis.acquire(&other)).await.unwrap().unwrap());
+    tokens(&timeout(SOON, kept).await.unwrap().unwrap());
+}
+
 /// A server that accepts connections, reads something, says `answer`, and closes them. Counts them.
 async fn brief_server(answer: &'static [u8]) -> (u16, Arc<AtomicUsize>, AbortOnDropHandle<()>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -104,7 +126,8 @@ async fn a_server_that_greets_and_closes_at_the_first_call_sees_no_storm() {
     let url = format!("redis://127.0.0.1:{}", proxy.port());
     let redis = RedisBackend::connect(&url, RedisOptions::default()).await.unwrap();
     let client = Client::of(&redis).await;
-    for _ in 0..1000 {
+    // The proxy looks for each of them in all that passes, so not many more than are met.
+    for _ in 0..100 {
         proxy.plan("EVALSHA", Fault::At(Point::Request, Harm::Cut));
     }
     let events = Events::collect();

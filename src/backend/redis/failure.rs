@@ -34,6 +34,17 @@ pub(super) fn first_copy() -> Error {
     Error::new(ErrorKind::Unavailable, "release", detail)
 }
 
+/// A call failed whose first copy was sent, and may have been carried out: no error after that is
+/// the last word.
+pub(super) fn after_copy(operation: &'static str, error: Error) -> Error {
+    if error.is_unavailable() {
+        return error;
+    }
+    let detail = "the answer was lost, and a second copy of the call was refused: the first one \
+                  may have been carried out";
+    Error::new(ErrorKind::Unavailable, operation, detail).with_source(error)
+}
+
 /// What to do about an error of a command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Remedy {

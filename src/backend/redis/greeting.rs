@@ -20,6 +20,16 @@ pub(super) enum Refusal {
     Final(Error),
 }
 
+impl Refusal {
+    /// A copy that says the same.
+    pub(super) fn to_keep(&self) -> Self {
+        match self {
+            Self::Redis(error) => Self::Redis(error.clone()),
+            Self::Final(error) => Self::Final(error.to_keep()),
+        }
+    }
+}
+
 impl From<RedisError> for Refusal {
     fn from(error: RedisError) -> Self {
         Self::Redis(error)

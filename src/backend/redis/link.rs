@@ -1,5 +1,10 @@
 //! One connection to the server at a time: who connects, who waits for it, when it is given up.
 //!
+//! # Why calls do not connect themselves
+//! A future may be polled once and then kept for long. One that held the turn to connect meanwhile
+//! would stop all others, renewals too. So a task of the link connects, and gives each attempt the
+//! same time whoever asked for it; calls wait for the outcome, each as long as it bears with it.
+//!
 //! # Why not the manager of redis-rs
 //! It never leaves a connection that is stalled: a server that was stopped, or a half-open socket,
 //! takes every call with it until the system notices, which may take minutes. Here, calls that were
@@ -19,7 +24,7 @@ use std::time::Duration;
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use redis::{Cmd, RedisError, Value};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
@@ -39,8 +44,12 @@ use crate::types::Partition;
 /// So many calls in a row that nobody waited out, without any answer, end a connection ...
 const STALLED_CALLS: u32 = 3;
 
-/// ... if it has been silent for this long.
+/// ... if each was on its way for this long, and the connection has been silent for as long.
 const STALLED_FOR: Duration = Duration::from_millis(100);
+
+/// An attempt to connect has at least this long, however soon its callers give up: some round trips
+/// and a handshake of TLS over a long way.
+const LEAST_ATTEMPT: Duration = Duration::from_secs(1);
 
 /// A connection that is replaced when it breaks or stalls.
 pub(super) struct Link {
@@ -50,8 +59,8 @@ pub(super) struct Link {
     subscribers: Arc<Subscribers>,
     together: Together,
     current: Mutex<Option<Arc<Live>>>,
-    /// Held while connecting, across awaits on purpose: one connects, the others wait for it.
-    turn: tokio::sync::Mutex<Turn>,
+    /// Whoever waits for a connection has subscribed to it.
+    attempts: watch::Sender<Attempts>,
     last_error: Mutex<Option<RedisError>>,
     /// Something that [`keep`](Link::keep) has to look at.
     changed: Notify,
@@ -62,6 +71,14 @@ pub(super) struct Link {
 pub(super) struct Answer {
     pub(super) value: Value,
     pub(super) repeated: bool,
+}
+
+/// How often it was tried to connect, and how the last attempt that is over has ended.
+#[derive(Default)]
+struct Attempts {
+    begun: u64,
+    over: u64,
+    refusal: Option<Refusal>,
 }
 
 /// What the one who connects has to know.
@@ -86,7 +103,6 @@ impl Link {
         scripts: Scripts,
         subscribers: Arc<Subscribers>,
     ) -> Self {
-        let pace = Pace::new(options.reconnect_for);
         Self {
             server,
             options,
@@ -94,7 +110,7 @@ impl Link {
             subscribers,
             together: Together::default(),
             current: Mutex::new(None),
-            turn: tokio::sync::Mutex::new(Turn { pace, previous: None }),
+            attempts: watch::Sender::default(),
             last_error: Mutex::new(None),
             changed: Notify::new(),
         }
@@ -131,8 +147,11 @@ impl Link {
                 Err(_) => repeated = true,
             }
         }
-        let answer = self.run(operation, &alone()).await?;
-        Ok(Answer { repeated: repeated || answer.repeated, ..answer })
+        match self.run(operation, &alone()).await {
+            Ok(answer) => Ok(Answer { repeated: repeated || answer.repeated, ..answer }),
+            Err(error) if repeated => Err(failure::after_copy(operation, error)),
+            Err(error) => Err(error),
+        }
     }
 
     /// Sends what is to travel together. Runs until it is dropped.
@@ -189,15 +208,30 @@ impl Link {
     async fn send(
         &self,
         operation: &'static str,
-        mut command: Cow<'_, Cmd>,
+        command: Cow<'_, Cmd>,
         text: impl Fn() -> Option<Cmd>,
     ) -> Result<Answer> {
-        let mut patience = self.patience();
         let mut repeated = false;
+        match self.send_copies(operation, command, text, &mut repeated).await {
+            Ok(value) => Ok(Answer { value, repeated }),
+            Err(error) if repeated => Err(failure::after_copy(operation, error)),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Sets `repeated` when the answer to a copy was lost.
+    async fn send_copies(
+        &self,
+        operation: &'static str,
+        mut command: Cow<'_, Cmd>,
+        text: impl Fn() -> Option<Cmd>,
+        repeated: &mut bool,
+    ) -> Result<Value> {
+        let mut patience = self.patience();
         loop {
             let live = self.live(operation, &mut patience).await?;
             let error = match live.send(&command).await {
-                Ok(value) => return Ok(Answer { value, repeated }),
+                Ok(value) => return Ok(value),
                 Err(error) => error,
             };
             match remedy(&error) {
@@ -210,7 +244,7 @@ impl Link {
                 },
                 Remedy::Reconnect => {
                     live.retired.cancel();
-                    repeated = true;
+                    *repeated = true;
                     if !error.is_io_error() {
                         // Who runs out of time before the next connection is told this.
                         *lock(&self.last_error) = Some(error.clone());
@@ -251,9 +285,11 @@ impl Link {
         self.changed.notify_one();
     }
 
-    /// Connects again as soon as a connection is lost on which somebody waits for pushes: nobody
-    /// may be calling then. Unsubscribes what nobody hears any more. Runs until it is dropped.
+    /// Connects for those who wait for it, and as soon as a connection is lost on which somebody
+    /// waits for pushes: nobody may be calling then. Unsubscribes what nobody hears any more. Runs
+    /// until it is dropped.
     pub(super) async fn keep(self: Arc<Self>) {
+        let mut turn = Turn { pace: Pace::new(self.options.reconnect_for), previous: None };
         loop {
             match self.current() {
                 Some(live) => {
@@ -267,12 +303,16 @@ impl Link {
                         () = self.changed.notified() => {}
                     }
                 }
+                None if self.is_awaited() => self.attempt(&mut turn).await,
                 None if self.subscribers.channels().is_empty() => self.changed.notified().await,
                 None => {
-                    let mut patience = self.patience();
-                    if let Err(error) = self.live("reconnect", &mut patience).await {
-                        tracing::debug!(%error, "the lock service is out of reach");
-                        sleep(self.options.reconnect_for).await;
+                    self.attempt(&mut turn).await;
+                    if self.current().is_none() {
+                        tracing::debug!("the lock service is out of reach");
+                        tokio::select! {
+                            () = sleep(self.options.reconnect_for) => {}
+                            () = self.changed.notified() => {}
+                        }
                     }
                 }
             }
@@ -287,41 +327,68 @@ impl Link {
         lock(&self.current).clone().filter(|live| !live.retired.is_cancelled())
     }
 
+    fn is_awaited(&self) -> bool {
+        self.attempts.receiver_count() > 0
+    }
+
     /// The connection in use, or a new one.
     async fn live(&self, operation: &'static str, patience: &mut Patience) -> Result<Arc<Live>> {
+        if let Some(live) = self.current() {
+            return Ok(live);
+        }
+        let mut attempts = self.attempts.subscribe();
+        let begun = attempts.borrow().begun;
         loop {
+            // An attempt that had begun before may have met what has been put right since.
+            let own = |attempts: &Attempts| {
+                attempts.refusal.as_ref().filter(|_| attempts.over > begun).map(Refusal::to_keep)
+            };
+            let refusal = own(&attempts.borrow_and_update());
             if let Some(live) = self.current() {
                 return Ok(live);
             }
-            let error = match timeout(patience.left(), self.connect_in_turn()).await {
-                Ok(Ok(live)) => return Ok(live),
-                Ok(Err(Refusal::Final(error))) => return Err(error),
-                Ok(Err(Refusal::Redis(error))) => {
-                    if remedy(&error) == Remedy::GiveUp {
-                        return Err(explain(operation, error));
-                    }
-                    *lock(&self.last_error) = Some(error.clone());
-                    Some(error)
+            match refusal {
+                Some(Refusal::Final(error)) => return Err(error),
+                Some(Refusal::Redis(error)) if remedy(&error) == Remedy::GiveUp => {
+                    return Err(explain(operation, error));
                 }
-                Err(_) => lock(&self.last_error).clone(),
-            };
-            if patience.left().is_zero() {
-                return Err(match error {
-                    Some(error) => explain(operation, error),
-                    None => no_answer(operation),
-                });
+                _ => self.changed.notify_one(),
+            }
+            if timeout(patience.left(), attempts.changed()).await.is_err() {
+                let error = lock(&self.last_error).clone();
+                return Err(
+                    error.map_or_else(|| no_answer(operation), |error| explain(operation, error))
+                );
             }
         }
     }
 
-    /// Connects, unless somebody else has done so meanwhile.
-    async fn connect_in_turn(&self) -> Result<Arc<Live>, Refusal> {
-        let mut turn = self.turn.lock().await;
-        if let Some(live) = self.current() {
-            return Ok(live);
-        }
+    /// Tries to connect, and tells those who wait for it.
+    async fn attempt(&self, turn: &mut Turn) {
         let served = lock(&self.current).take().is_some_and(|live| live.has_answered());
         turn.pace.next(served).await;
+        self.attempts.send_if_modified(|attempts| {
+            attempts.begun += 1;
+            false
+        });
+        let time = self.options.reconnect_for.max(LEAST_ATTEMPT);
+        let refusal = match timeout(time, self.connect(turn)).await {
+            Ok(outcome) => outcome.err(),
+            // Those who wait for it know best for how long they have.
+            Err(_) => None,
+        };
+        if let Some(Refusal::Redis(error)) = &refusal
+            && remedy(error) != Remedy::GiveUp
+        {
+            *lock(&self.last_error) = Some(error.clone());
+        }
+        self.attempts.send_modify(|attempts| {
+            attempts.over = attempts.begun;
+            attempts.refusal = refusal;
+        });
+    }
+
+    async fn connect(&self, turn: &mut Turn) -> Result<(), Refusal> {
         let retired = CancellationToken::new();
         let mut wire = self.server.open(Some(&self.subscribers), retired.clone()).await?;
         let connection = &mut wire.connection;
@@ -338,10 +405,9 @@ impl Link {
             opened_at,
             answered_at: Mutex::new(opened_at),
         });
-        *lock(&self.current) = Some(Arc::clone(&live));
+        *lock(&self.current) = Some(live);
         *lock(&self.last_error) = None;
-        self.changed.notify_one();
-        Ok(live)
+        Ok(())
     }
 }
 
@@ -363,7 +429,7 @@ impl Live {
         &self,
         answer: impl Future<Output = Result<T, RedisError>>,
     ) -> Result<T, RedisError> {
-        let mut call = OnItsWay { live: self, answered: false };
+        let mut call = OnItsWay { live: self, since: Instant::now(), answered: false };
         let answer = tokio::select! {
             biased;
             answer = answer => answer,
@@ -381,9 +447,11 @@ impl Live {
     }
 }
 
-/// A call on its way. Dropped without an answer, it counts against its connection.
+/// A call on its way. Dropped without an answer, it counts against its connection, unless it was
+/// given up so soon that no answer could be expected.
 struct OnItsWay<'a> {
     live: &'a Live,
+    since: Instant,
     answered: bool,
 }
 
@@ -393,7 +461,8 @@ impl Drop for OnItsWay<'_> {
         if self.answered {
             abandoned.store(0, Ordering::Relaxed);
             *lock(answered_at) = Instant::now();
-        } else if abandoned.fetch_add(1, Ordering::Relaxed) + 1 >= STALLED_CALLS
+        } else if self.since.elapsed() >= STALLED_FOR
+            && abandoned.fetch_add(1, Ordering::Relaxed) + 1 >= STALLED_CALLS
             && lock(answered_at).elapsed() >= STALLED_FOR
         {
             retired.cancel();

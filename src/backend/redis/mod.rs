@@ -91,7 +91,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use tokio::task::JoinHandle;
+use tokio_util::task::AbortOnDropHandle;
 
 use super::{Capabilities, LockBackend, Probe, Sink};
 use crate::error::{Error, ErrorKind, Result};
@@ -137,7 +137,7 @@ pub struct RedisBackend {
     link: Arc<Link>,
     replicas: Option<Arc<Replicas>>,
     subscribers: Arc<Subscribers>,
-    keeper: JoinHandle<()>,
+    _keeper: AbortOnDropHandle<()>,
 }
 
 impl RedisBackend {
@@ -181,9 +181,10 @@ impl RedisBackend {
             .map(|min| Arc::new(Replicas::new(Arc::clone(&server), min, reconnect_for)));
         let subscribers = Arc::new(Subscribers::default());
         let link = Arc::new(Link::new(server, options, scripts, Arc::clone(&subscribers)));
-        link.command("connect", redis::cmd("PING")).await?;
         let keeper = tokio::spawn(keep(Arc::clone(&link), replicas.clone()));
-        Ok(Self { partitions, link, replicas, subscribers, keeper })
+        let keeper = AbortOnDropHandle::new(keeper);
+        link.command("connect", redis::cmd("PING")).await?;
+        Ok(Self { partitions, link, replicas, subscribers, _keeper: keeper })
     }
 
     fn check(&self, operation: &'static str, partition: Partition) -> Result<()> {
@@ -236,12 +237,6 @@ impl fmt::Debug for RedisBackend {
             .field("partitions", &self.partitions)
             .field("link", &self.link)
             .finish_non_exhaustive()
-    }
-}
-
-impl Drop for RedisBackend {
-    fn drop(&mut self) {
-        self.keeper.abort();
     }
 }
 
@@ -336,10 +331,10 @@ impl LockBackend for RedisBackend {
 
 /// What goes on beside all calls. Runs until it is dropped.
 async fn keep(link: Arc<Link>, replicas: Option<Arc<Replicas>>) {
-    let pass_on = async {
+    let follow = async {
         if let Some(replicas) = replicas {
-            replicas.pass_on().await;
+            tokio::join!(replicas.ask(), replicas.pass_on());
         }
     };
-    tokio::join!(Arc::clone(&link).keep(), link.carry(), pass_on);
+    tokio::join!(Arc::clone(&link).keep(), link.carry(), follow);
 }

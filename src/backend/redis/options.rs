@@ -38,7 +38,12 @@ pub struct RedisOptions {
     /// Whoever connects first after a start keeps the server from granting until it has been up for
     /// this long; requests fail with [`Unavailable`](ErrorKind::Unavailable) meanwhile. So does
     /// whoever connects to a server that is new altogether. All clients of a server must agree on
-    /// it. It sees restarts, not a `FLUSHALL` under running clients.
+    /// it.
+    ///
+    /// It sees restarts, and neither a `FLUSHALL` under running clients nor a failover: a replica
+    /// that is promoted has mostly been up for longer than this, and grants at once. A second
+    /// restart during the quiet time of a server that saves its data does not prolong that time.
+    /// There, the token counter begins with the clock again, so tokens go back if the clock has.
     pub amnesia_guard: Option<Duration>,
 }
 
@@ -78,8 +83,11 @@ impl RedisOptions {
 /// at once share it.
 ///
 /// This narrows the window in which a failover loses a lock, and does not close it: a replica that
-/// knows nothing of the grant may be the one that is promoted, and renewals are not waited for. The
-/// stores keep a stale holder out all the same.
+/// knows nothing of the grant may be the one that is promoted, and renewals are not waited for.
+/// Replicas are asked about on a connection of its own: while a name or a proxy leads it to another
+/// server than the one that granted, the answer says nothing about the grant. A grant that was
+/// handed over may be given up, though it was passed on already, where its waiter asks again at
+/// that moment and replicas fail just then. The stores keep a stale holder out all the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MinReplicas {
     /// How many replicas, at least one.

@@ -6,14 +6,15 @@
 //!
 //! # Why one call is enough for many grants
 //! It waits for all that the server had written before. Whoever comes while one is under way waits
-//! for the next one together with all others who came.
+//! for the next one together with all others who came. A task asks, and they wait for it: the
+//! future of one of them may be kept and not be polled.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use redis::{RedisError, Value};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
@@ -34,8 +35,8 @@ pub(super) struct Replicas {
     /// How long the server may take for what is not the waiting.
     patience: Duration,
     arrived: AtomicU64,
-    /// Held across awaits on purpose: one asks, the others wait for the answer.
-    round: tokio::sync::Mutex<Round>,
+    arrival: Notify,
+    last: watch::Sender<Round>,
     /// Grants that were pushed, and to whom they go when replicas know of them.
     pushed: Mutex<Vec<(Sink, Push)>>,
     push: Notify,
@@ -47,19 +48,23 @@ struct Round {
     covers: u64,
     /// Whether there were enough.
     answer: Result<bool, RedisError>,
+}
+
+/// The connection on which it is asked.
+struct Line {
     pace: Pace,
     wire: Option<(Wire, CancellationToken)>,
 }
 
 impl Replicas {
     pub(super) fn new(server: Arc<Server>, min: MinReplicas, patience: Duration) -> Self {
-        let round = Round { covers: 0, answer: Ok(false), pace: Pace::new(patience), wire: None };
         Self {
             server,
             min,
             patience,
             arrived: AtomicU64::new(0),
-            round: round.into(),
+            arrival: Notify::new(),
+            last: watch::Sender::new(Round { covers: 0, answer: Ok(false) }),
             pushed: Mutex::default(),
             push: Notify::new(),
         }
@@ -67,19 +72,30 @@ impl Replicas {
 
     /// Waits until enough replicas know of everything that the server has answered before.
     pub(super) async fn know(&self, operation: &'static str) -> Result<()> {
+        let mut last = self.last.subscribe();
         let place = self.arrived.fetch_add(1, Ordering::Relaxed) + 1;
-        let mut round = self.round.lock().await;
-        if round.covers < place {
-            let covers = self.arrived.load(Ordering::Relaxed);
-            let bound = self.min.within.saturating_add(self.patience);
-            let answer = timeout(bound, self.ask(&mut round)).await;
-            let answer = answer.unwrap_or_else(|_| Err(no_answer()));
-            (round.covers, round.answer) = (covers, answer);
-        }
-        match &round.answer {
+        self.arrival.notify_one();
+        let answer = match last.wait_for(|round| round.covers >= place).await {
+            Ok(round) => round.answer.clone(),
+            Err(_) => Err(no_answer()),
+        };
+        match answer {
             Ok(true) => Ok(()),
             Ok(false) => Err(self.too_few(operation)),
-            Err(error) => Err(failure::explain(operation, error.clone())),
+            Err(error) => Err(failure::explain(operation, error)),
+        }
+    }
+
+    /// Asks for those who wait for it. Runs until it is dropped.
+    pub(super) async fn ask(&self) {
+        let mut line = Line { pace: Pace::new(self.patience), wire: None };
+        let bound = self.min.within.saturating_add(self.patience);
+        loop {
+            self.arrival.notified().await;
+            let covers = self.arrived.load(Ordering::Relaxed);
+            let answer = timeout(bound, self.count(&mut line)).await;
+            let answer = answer.unwrap_or_else(|_| Err(no_answer()));
+            self.last.send_replace(Round { covers, answer });
         }
     }
 
@@ -112,11 +128,11 @@ impl Replicas {
 
     /// Whether there are enough. The connection is put back only when it has answered: one on which
     /// a `WAIT` was given up would hold up the next.
-    async fn ask(&self, round: &mut Round) -> Result<bool, RedisError> {
-        let (mut wire, retired) = match round.wire.take() {
+    async fn count(&self, line: &mut Line) -> Result<bool, RedisError> {
+        let (mut wire, retired) = match line.wire.take() {
             Some((wire, retired)) if !retired.is_cancelled() => (wire, retired),
             lost => {
-                round.pace.next(lost.is_some()).await;
+                line.pace.next(lost.is_some()).await;
                 let retired = CancellationToken::new();
                 (self.server.open(None, retired.clone()).await?, retired)
             }
@@ -132,7 +148,7 @@ impl Replicas {
                 _ => false,
             };
         }
-        round.wire = Some((wire, retired));
+        line.wire = Some((wire, retired));
         Ok(enough)
     }
 

@@ -5,6 +5,8 @@ local fresh = standing_as ~= 'i'
 local floor = tonumber(ARGV[4])
 local meta = ARGV[6]
 local wants = wants_of(2, #KEYS - 1, modes)
+-- Whoever joined the line with a floor that no token can exceed would stop it when its turn came.
+if not next_token(floor) then return {'corrupt', corrupt} end
 
 local function foreign()
   for _, w in ipairs(wants) do

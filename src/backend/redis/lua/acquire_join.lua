@@ -21,7 +21,7 @@ end
 local holder, entry, ends = string.match(v[1] or '', '^=(%x+):%d+;x(%x+):(%d+)$')
 if holder and #holder == 32 and #entry == 16 and tonumber(ends) > now and #KEYS == 2
     and holder ~= string.sub(id, 1, 32) and standing_as ~= 'i' and wait == 'w'
-    and mark == '' and not ARGV[6] then
+    and mark == '' and not ARGV[6] and ARGV[4] + 0 < last then
   local try = redis.pcall
   local name = string.sub(KEYS[2], #prefix + 3)
   local q, w, e = prefix .. 'q:' .. name, prefix .. 'w', prefix .. 'e'

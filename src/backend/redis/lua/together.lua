@@ -35,20 +35,25 @@ local before = v[1] or '0'
 local good = #before < 17 and string.find(before, '^%d+$')
   and (v[1] or call('EXISTS', KEYS[1]) == 0)
 local count = good and tonumber(before)
+local token = good and math.max(now, count + 1)
+local acquires = (#ARGV - a + 1) / 5
+good = good and token + acquires <= last
+-- The counter is written before any head: a token is never given out twice, whatever happens in
+-- between. A number that nobody gets is harmless, but no floor may raise it: who has one that is
+-- higher asks alone.
+if good then call('SET', KEYS[1], string.format('%d', token + acquires - 1)) end
 while a < #ARGV do
   local id, modes, lease = ARGV[a], ARGV[a + 1], ARGV[a + 4]
   local to = from + ARGV[a + 2] - 1
-  local token = good and math.max(now, count + 1, ARGV[a + 3] + 1)
   local answer = 0
-  if good and token <= last then
+  if good and ARGV[a + 3] + 0 < token then
     local stamp = string.format('%d', token)
 -- include take.lua
     if taken then
-      count, answer = token, token
+      answer, token = token, token + 1
     end
   end
   out[#out + 1] = answer
   from, a = to + 1, a + 5
 end
-if good then call('SET', KEYS[1], string.format('%d', count)) end
 return out
