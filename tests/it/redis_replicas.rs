@@ -106,9 +106,11 @@ async fn a_hand_over_is_told_when_replicas_know_of_it() {
     wait_until("the grant is pushed", SOON, async || a.was_told(&second)).await;
     replica.stop();
     assert_eq!(plain.release(&second.part).await.unwrap(), Released::Released);
-    // Who asks is told that it has lost what it was granted, and whoever asks anew that it is free.
+    // Who asks is told that it has lost what it was granted, and gives it up.
     assert_eq!(renew(&two, &third, true).await, Renewed::Lost);
     assert!(!b.was_told(&third));
+    assert_eq!(plain.inspect(P0, &key("k")).await.unwrap().holders.len(), 1);
+    two.cancel(&third.part).await.unwrap();
     assert_eq!(plain.inspect(P0, &key("k")).await.unwrap(), Inspection::default());
     replica.cont();
 }

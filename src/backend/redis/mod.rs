@@ -196,24 +196,24 @@ impl RedisBackend {
     }
 
     /// What was granted, enough replicas know of; or it is given up.
-    async fn known(&self, operation: &'static str, granted: &[&Part]) -> Result<()> {
+    async fn known(&self, operation: &'static str, granted: &Part) -> Result<()> {
         let Some(replicas) = &self.replicas else { return Ok(()) };
         let known = replicas.know(operation).await;
         if known.is_err() {
-            for part in granted {
-                // What cannot be released now is settled by whoever asked, or expires.
-                let _ = self.release(part).await;
-            }
+            // What cannot be released now is settled by whoever asked, or expires.
+            let _ = self.release(granted).await;
         }
         known
     }
 
-    /// The same for those who stood in line: they lose what too few replicas know of.
-    async fn give_up_unknown(&self, renewals: &[Renewal], renewed: &mut [Renewed]) {
+    /// Those who stood in line are told that they have lost what too few replicas know of. It is
+    /// not given up here: a push may have told them of the grant in time, and then they work under
+    /// it. Whoever was not told cancels what it hears is lost.
+    async fn hide_unknown(&self, renewals: &[Renewal], renewed: &mut [Renewed]) {
+        let Some(replicas) = &self.replicas else { return };
         let mut answers: Vec<_> = renewals.iter().zip(renewed).collect();
         answers.retain(|(of, to)| of.waiting && matches!(to, Renewed::Held(Some(_))));
-        let granted: Vec<_> = answers.iter().map(|(of, _)| &of.part).collect();
-        if !granted.is_empty() && self.known("renew", &granted).await.is_err() {
+        if !answers.is_empty() && replicas.know("renew").await.is_err() {
             answers.into_iter().for_each(|(_, answer)| *answer = Renewed::Lost);
         }
     }
@@ -278,7 +278,7 @@ impl LockBackend for RedisBackend {
             acquired => acquired?,
         };
         if matches!(acquired, Acquired::Granted(_)) {
-            self.known("acquire", &[&ask.part]).await?;
+            self.known("acquire", &ask.part).await?;
         }
         Ok(acquired)
     }
@@ -290,9 +290,7 @@ impl LockBackend for RedisBackend {
             let answer = self.link.call("renew", &call).await?;
             renewed.extend(reply::renewed(&answer, of)?);
         }
-        if self.replicas.is_some() {
-            self.give_up_unknown(renewals, &mut renewed).await;
-        }
+        self.hide_unknown(renewals, &mut renewed).await;
         Ok(renewed)
     }
 
