@@ -78,14 +78,23 @@ impl Kept {
         self.lock().last
     }
 
-    /// The service has confirmed the grant, in a call that was sent at `sent`.
-    pub(super) fn renewed(&self, sent: Instant) {
+    /// The service has confirmed the grant, in a call that was sent at `sent`. Returns whether it
+    /// is held: the answer may come after its end, and what is lost stays lost.
+    #[must_use]
+    pub(super) fn renewed(&self, sent: Instant) -> bool {
         let deadline = sent + self.lease.get() - self.lease.drift();
-        self.lock().state.extend(self.part.request, deadline);
-        self.confirm();
+        // Under one lock: whoever it was passed on from meanwhile says nothing about it.
+        let holder = self.lock();
+        holder.state.extend(self.part.request, deadline);
+        let held = holder.state.is_held();
+        drop(holder);
+        if held {
+            self.confirm();
+        }
         if let Some(lane) = &self.lane {
             lane.set_unanswered(false);
         }
+        held
     }
 
     /// The host was suspended for `by` while the lease ran on. A lease that has ended meanwhile is
@@ -256,9 +265,11 @@ impl Hold {
     pub(super) async fn confirmed(&self) -> Result<()> {
         self.confirm_now();
         tokio::select! {
-            () = self.kept.confirmed.wait() => Ok(()),
-            () = self.state.lost().cancelled() => Err(lost("confirm", self.part())),
+            () = self.kept.confirmed.wait() => {}
+            () = self.state.lost().cancelled() => {}
         }
+        // Both may be true, and no timer may have noticed yet that a deadline has passed.
+        if self.state.is_held() { Ok(()) } else { Err(lost("confirm", self.part())) }
     }
 
     /// Gives the grant to the next in its lane; `false` when it is to be released.
@@ -385,5 +396,32 @@ impl Service {
     /// Makes one call to the service that is never refused.
     pub(super) async fn call<T>(&self, call: impl Future<Output = Result<T>>) -> Result<T> {
         self.vitals.pass().call(self.options.call_timeout, call).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::types::{ClientId, Partition, RequestId};
+
+    /// A grant that lasts for `lease`, and who holds it.
+    fn kept(lease: Duration) -> (Kept, Arc<LeaseState>) {
+        let (owner, request) = (OwnerId::new(ClientId::random()), RequestId::next());
+        let part = Part { partition: Partition(0), owner, request, wants: Arc::new([]) };
+        let (state, now) = (Arc::<LeaseState>::default(), Instant::now());
+        state.cover(request, now + lease);
+        let holder = (Arc::clone(&state), now + lease * 9);
+        (Kept::new((part, Lease::new(lease).unwrap(), true), holder, None), state)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_answer_after_the_end_of_the_lease_confirms_nothing() {
+        let lease = Duration::from_secs(3);
+        for (late, held) in [(lease / 2, true), (lease * 2, false)] {
+            let (kept, state) = kept(lease);
+            tokio::time::advance(late).await;
+            assert_eq!(kept.renewed(Instant::now()), held);
+            assert_eq!((kept.is_confirmed(), state.is_held()), (held, held));
+        }
     }
 }

@@ -172,8 +172,10 @@ impl Watchdog {
     fn apply(&self, job: &Job, renewed: Renewed, sent: Instant) {
         match (job, renewed) {
             (Job::Keep(kept), Renewed::Held(_)) => {
+                if !kept.renewed(sent) {
+                    return self.lose(kept);
+                }
                 let lease = kept.lease;
-                kept.renewed(sent);
                 self.counters.renewed();
                 let interval = Renewals::new(lease).after_success();
                 let due = self.schedule.aligned(sent + interval, interval);
