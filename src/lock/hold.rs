@@ -7,7 +7,7 @@ use tokio::sync::SetOnce;
 use tokio::time::Instant;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::protocol::{Part, Released};
+use crate::protocol::{Part, Released, Renewals};
 use crate::types::{FencingToken, Lease, LeaseState, OwnerId};
 
 use super::crowd::Seat;
@@ -97,6 +97,12 @@ impl Kept {
         held
     }
 
+    /// When the watchdog looks at it next if it does not renew: at its end, but before that as
+    /// often as if it did, because no timer runs while the host is suspended.
+    pub(super) fn next_look(&self, deadline: Instant) -> Instant {
+        deadline.min(Instant::now() + Renewals::new(self.lease).after_success())
+    }
+
     /// The host was suspended for `by` while the lease ran on. A lease that has ended meanwhile is
     /// lost at once.
     pub(super) fn slept(&self, by: Duration) {
@@ -125,10 +131,10 @@ impl Kept {
         let now = Instant::now();
         let lease = self.lease.get();
         let spare = match self.is_confirmed() {
-            true => lease / 3,
+            true => lease / 3 + self.lease.drift(),
             false => lease.min(CLAIMED) / 10,
         };
-        let least = now + spare + self.lease.drift();
+        let least = now + spare;
         let deadline = holder.state.deadline_of(self.part.request);
         let Some(deadline) = deadline.filter(|deadline| *deadline > least) else { return false };
         if now >= holder.last || !holder.state.is_held() {
@@ -224,7 +230,7 @@ impl Hold {
             return self.since + UNASKED.min(claimed / 10);
         }
         if !renews {
-            return deadline;
+            return self.kept.next_look(deadline);
         }
         let interval = lease.get() / 3;
         let sent = deadline + lease.drift() - lease.get();
@@ -412,6 +418,19 @@ mod tests {
         state.cover(request, now + lease);
         let holder = (Arc::clone(&state), now + lease * 9);
         (Kept::new((part, Lease::new(lease).unwrap(), true), holder, None), state)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_not_renewed_is_looked_at_thrice_in_a_lease() {
+        let (lease, begun) = (Duration::from_secs(3), Instant::now());
+        let (kept, _state) = kept(lease);
+        let mut looks = Vec::new();
+        while begun.elapsed() < lease {
+            let next = kept.next_look(begun + lease);
+            tokio::time::sleep_until(next).await;
+            looks.push(begun.elapsed().as_secs());
+        }
+        assert_eq!(looks, [1, 2, 3]);
     }
 
     #[tokio::test(start_paused = true)]

@@ -137,7 +137,7 @@ impl Watchdog {
         let deadline = kept.deadline().unwrap_or(now);
         let confirmed = kept.is_confirmed();
         if confirmed && (!kept.renews || now >= kept.last()) {
-            self.schedule.again(request, &job, deadline);
+            self.schedule.again(request, &job, kept.next_look(deadline));
             return None;
         }
         let millis = deadline.saturating_duration_since(now).as_millis();
@@ -179,7 +179,8 @@ impl Watchdog {
                 self.counters.renewed();
                 let interval = Renewals::new(lease).after_success();
                 let due = self.schedule.aligned(sent + interval, interval);
-                let due = if kept.renews { due } else { sent + lease.get() - lease.drift() };
+                let ends = sent + lease.get() - lease.drift();
+                let due = if kept.renews { due } else { kept.next_look(ends) };
                 self.schedule.again(kept.part.request, job, due);
             }
             (Job::Keep(kept), _) => self.lose(kept),

@@ -206,6 +206,20 @@ async fn a_watchdog_that_dies_costs_every_lease() {
     );
 }
 
+#[tokio::test(start_paused = true)]
+async fn what_is_granted_after_the_watchdog_died_is_lost_at_once() {
+    let odd = Odd::new(1);
+    let locks = over(&odd).await;
+    odd.renew_panics.store(true, SeqCst);
+    let first = locks.lock("first").ttl(Duration::from_secs(3)).acquire().await.unwrap();
+    odd.acquire_ms.store(1_500, SeqCst);
+    let late = tokio::spawn(locks.lock("late").acquire());
+    first.lost().await;
+    assert!(!late.is_finished(), "it was asked for before");
+    let error = timeout(Duration::from_secs(60), late).await.unwrap().unwrap().unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::LeaseLost, "{error}");
+}
+
 #[test]
 fn a_number_that_is_no_token_is_not_read_as_one() {
     let read = serde_json::from_str::<palisade::FencingToken>;

@@ -781,6 +781,31 @@ async fn a_lost_push_costs_a_refresh_and_no_tokens() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_grant_that_was_pushed_is_passed_on_unconfirmed_however_long_its_lease() {
+    for lease in [LockOptions::default().lease, Duration::from_secs(60 * 60)] {
+        let (backend, ours, theirs) = lossy().await;
+        let holder = theirs.lock("k").ttl(lease).acquire().await.unwrap();
+        let alone = tokio::spawn(ours.lock("k").ttl(lease).wait(SOON).acquire());
+        settle().await;
+        let ask = || tokio::spawn(ours.lock("k").ttl(lease).wait(SOON).acquire());
+        let waiters: Vec<_> = (0..3).map(|_| ask()).collect();
+        settle().await;
+        alone.abort();
+        settle().await;
+        assert_eq!(standing(&ours).await, (1, 1));
+        backend.no_renewal.store(true, SeqCst);
+        holder.release().await.unwrap();
+        let mut tokens = Vec::new();
+        for waiter in waiters {
+            let guard = waiter.await.unwrap().unwrap();
+            tokens.push(number(guard.token()));
+            guard.release().await.unwrap();
+        }
+        assert_eq!(tokens, [tokens[0], tokens[0] + 1, tokens[0] + 2], "{lease:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_service_that_answers_again_is_no_outage_any_more() {
     let (backend, ours, _) = lossy().await;
     // Whose calls are all answered.
