@@ -145,9 +145,12 @@ impl Kept {
         true
     }
 
-    /// Whoever it was passed on to has it in hand.
-    fn taken(&self, max_hold: Duration) {
-        self.lock().last = Instant::now() + max_hold;
+    /// Whoever it was passed on to has it in hand. Returns whether that is so late that renewing
+    /// it has ceased.
+    fn taken(&self, max_hold: Duration) -> bool {
+        let now = Instant::now();
+        let last = std::mem::replace(&mut self.lock().last, now + max_hold);
+        last <= now
     }
 
     fn lock(&self) -> MutexGuard<'_, Holder> {
@@ -239,7 +242,9 @@ impl Hold {
 
     /// What was passed on has arrived.
     pub(super) fn taken(self, max_hold: Duration) -> Self {
-        self.kept.taken(max_hold);
+        if self.kept.taken(max_hold) {
+            self.sooner();
+        }
         self
     }
 
@@ -262,9 +267,14 @@ impl Hold {
     /// Has a grant that was pushed confirmed now, because somebody will wait for it.
     pub(super) fn confirm_now(&self) {
         if !self.kept.is_confirmed() {
-            let (request, job) = (self.part().request, Job::Keep(Arc::clone(&self.kept)));
-            self.service.schedule.sooner(request, &job, Instant::now());
+            self.sooner();
         }
+    }
+
+    /// Has the watchdog look at the grant now.
+    fn sooner(&self) {
+        let (request, job) = (self.part().request, Job::Keep(Arc::clone(&self.kept)));
+        self.service.schedule.sooner(request, &job, Instant::now());
     }
 
     /// Waits until the service has confirmed a grant that was pushed.
@@ -281,6 +291,12 @@ impl Hold {
     /// Gives the grant to the next in its lane; `false` when it is to be released.
     fn pass_on(&mut self) -> bool {
         let Some(lane) = self.kept.lane.clone() else { return false };
+        if self.service.closing.is_cancelled() {
+            lane.end();
+            return false;
+        }
+        // A lease that ended while the host was suspended is lost when this returns.
+        self.service.wakefulness.slept();
         let Some((next, first, token)) = lane.next(|state| self.kept.pass(state)) else {
             return false;
         };

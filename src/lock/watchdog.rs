@@ -58,8 +58,16 @@ impl Drop for Alive {
 
 impl Watchdog {
     /// Runs until the schedule is stopped and empty.
-    pub(super) async fn run(self) {
-        let _alive = Alive(Arc::clone(&self.schedule));
+    pub(super) fn run(self) -> impl Future<Output = ()> + Send {
+        // Not within the future, which is dropped unpolled when its runtime is shut down.
+        let alive = Alive(Arc::clone(&self.schedule));
+        async move {
+            let _alive = alive;
+            self.watch().await;
+        }
+    }
+
+    async fn watch(&self) {
         let mut renewing = FuturesUnordered::new();
         let mut settling = FuturesUnordered::new();
         let mut asking = FuturesUnordered::new();
