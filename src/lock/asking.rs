@@ -82,9 +82,9 @@ impl Drop for Pending<'_> {
 }
 
 /// A lane that is asked for. However that ends, whoever still waits for it then asks alone.
-struct Errand<'a>(&'a Lane);
+struct Errand(Arc<Lane>);
 
-impl Drop for Errand<'_> {
+impl Drop for Errand {
     fn drop(&mut self) {
         self.0.disband(|| Turn::Alone);
     }
@@ -161,17 +161,21 @@ impl Service {
     }
 
     /// Asks the service for a lane, for as long as anybody waits for it.
-    pub(super) async fn carry(self: Arc<Self>, lane: Arc<Lane>) {
-        let _errand = Errand(&lane);
-        let answer = tokio::select! {
-            biased;
-            () = self.closing.cancelled() => return,
-            answer = self.ask_for(&lane) => answer,
-            () = lane.deserted() => return,
-        };
-        if let Err(error) = answer {
-            let error = Arc::new(error);
-            lane.disband(|| Turn::Failed(Arc::clone(&error)));
+    pub(super) fn carry(self: Arc<Self>, lane: Arc<Lane>) -> impl Future<Output = ()> + Send {
+        // Not within the future, which is dropped unpolled when its runtime is shut down.
+        let errand = Errand(lane);
+        async move {
+            let Errand(lane) = &errand;
+            let answer = tokio::select! {
+                biased;
+                () = self.closing.cancelled() => return,
+                answer = self.ask_for(lane) => answer,
+                () = lane.deserted() => return,
+            };
+            if let Err(error) = answer {
+                let error = Arc::new(error);
+                lane.disband(|| Turn::Failed(Arc::clone(&error)));
+            }
         }
     }
 

@@ -191,16 +191,15 @@ impl LockGuard {
             let Service { wakefulness, .. } = &*self.service;
             let (slept, sent) = (wakefulness.slept(), Instant::now());
             let answer = self.service.backend.renew(partition, &renewals);
-            match self.service.call(answer).await?.first() {
-                Some(Renewed::Held(_)) => {
-                    kept.renewed(wakefulness.sent(sent, slept));
-                    self.service.counters.renewed();
-                }
-                _ => {
-                    kept.lose();
-                    return Err(lost("renew", hold.part()));
-                }
+            let renewed = match self.service.call(answer).await?.first() {
+                Some(Renewed::Held(_)) => kept.renewed(wakefulness.sent(sent, slept)),
+                _ => false,
+            };
+            if !renewed {
+                kept.lose();
+                return Err(lost("renew", hold.part()));
             }
+            self.service.counters.renewed();
         }
         Ok(())
     }

@@ -7,7 +7,7 @@ use tokio::sync::SetOnce;
 use tokio::time::Instant;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::protocol::{Part, Released};
+use crate::protocol::{Part, Released, Renewals};
 use crate::types::{FencingToken, Lease, LeaseState, OwnerId};
 
 use super::crowd::Seat;
@@ -78,14 +78,29 @@ impl Kept {
         self.lock().last
     }
 
-    /// The service has confirmed the grant, in a call that was sent at `sent`.
-    pub(super) fn renewed(&self, sent: Instant) {
+    /// The service has confirmed the grant, in a call that was sent at `sent`. Returns whether it
+    /// is held: the answer may come after its end, and what is lost stays lost.
+    #[must_use]
+    pub(super) fn renewed(&self, sent: Instant) -> bool {
         let deadline = sent + self.lease.get() - self.lease.drift();
-        self.lock().state.extend(self.part.request, deadline);
-        self.confirm();
+        // Under one lock: whoever it was passed on from meanwhile says nothing about it.
+        let holder = self.lock();
+        holder.state.extend(self.part.request, deadline);
+        let held = holder.state.is_held();
+        drop(holder);
+        if held {
+            self.confirm();
+        }
         if let Some(lane) = &self.lane {
             lane.set_unanswered(false);
         }
+        held
+    }
+
+    /// When the watchdog looks at it next if it does not renew: at its end, but before that as
+    /// often as if it did, because no timer runs while the host is suspended.
+    pub(super) fn next_look(&self, deadline: Instant) -> Instant {
+        deadline.min(Instant::now() + Renewals::new(self.lease).after_success())
     }
 
     /// The host was suspended for `by` while the lease ran on. A lease that has ended meanwhile is
@@ -116,10 +131,10 @@ impl Kept {
         let now = Instant::now();
         let lease = self.lease.get();
         let spare = match self.is_confirmed() {
-            true => lease / 3,
+            true => lease / 3 + self.lease.drift(),
             false => lease.min(CLAIMED) / 10,
         };
-        let least = now + spare + self.lease.drift();
+        let least = now + spare;
         let deadline = holder.state.deadline_of(self.part.request);
         let Some(deadline) = deadline.filter(|deadline| *deadline > least) else { return false };
         if now >= holder.last || !holder.state.is_held() {
@@ -130,9 +145,12 @@ impl Kept {
         true
     }
 
-    /// Whoever it was passed on to has it in hand.
-    fn taken(&self, max_hold: Duration) {
-        self.lock().last = Instant::now() + max_hold;
+    /// Whoever it was passed on to has it in hand. Returns whether that is so late that renewing
+    /// it has ceased.
+    fn taken(&self, max_hold: Duration) -> bool {
+        let now = Instant::now();
+        let last = std::mem::replace(&mut self.lock().last, now + max_hold);
+        last <= now
     }
 
     fn lock(&self) -> MutexGuard<'_, Holder> {
@@ -215,7 +233,7 @@ impl Hold {
             return self.since + UNASKED.min(claimed / 10);
         }
         if !renews {
-            return deadline;
+            return self.kept.next_look(deadline);
         }
         let interval = lease.get() / 3;
         let sent = deadline + lease.drift() - lease.get();
@@ -224,7 +242,9 @@ impl Hold {
 
     /// What was passed on has arrived.
     pub(super) fn taken(self, max_hold: Duration) -> Self {
-        self.kept.taken(max_hold);
+        if self.kept.taken(max_hold) {
+            self.sooner();
+        }
         self
     }
 
@@ -247,23 +267,36 @@ impl Hold {
     /// Has a grant that was pushed confirmed now, because somebody will wait for it.
     pub(super) fn confirm_now(&self) {
         if !self.kept.is_confirmed() {
-            let (request, job) = (self.part().request, Job::Keep(Arc::clone(&self.kept)));
-            self.service.schedule.sooner(request, &job, Instant::now());
+            self.sooner();
         }
+    }
+
+    /// Has the watchdog look at the grant now.
+    fn sooner(&self) {
+        let (request, job) = (self.part().request, Job::Keep(Arc::clone(&self.kept)));
+        self.service.schedule.sooner(request, &job, Instant::now());
     }
 
     /// Waits until the service has confirmed a grant that was pushed.
     pub(super) async fn confirmed(&self) -> Result<()> {
         self.confirm_now();
         tokio::select! {
-            () = self.kept.confirmed.wait() => Ok(()),
-            () = self.state.lost().cancelled() => Err(lost("confirm", self.part())),
+            () = self.kept.confirmed.wait() => {}
+            () = self.state.lost().cancelled() => {}
         }
+        // Both may be true, and no timer may have noticed yet that a deadline has passed.
+        if self.state.is_held() { Ok(()) } else { Err(lost("confirm", self.part())) }
     }
 
     /// Gives the grant to the next in its lane; `false` when it is to be released.
     fn pass_on(&mut self) -> bool {
         let Some(lane) = self.kept.lane.clone() else { return false };
+        if self.service.closing.is_cancelled() {
+            lane.end();
+            return false;
+        }
+        // A lease that ended while the host was suspended is lost when this returns.
+        self.service.wakefulness.slept();
         let Some((next, first, token)) = lane.next(|state| self.kept.pass(state)) else {
             return false;
         };
@@ -385,5 +418,45 @@ impl Service {
     /// Makes one call to the service that is never refused.
     pub(super) async fn call<T>(&self, call: impl Future<Output = Result<T>>) -> Result<T> {
         self.vitals.pass().call(self.options.call_timeout, call).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::types::{ClientId, Partition, RequestId};
+
+    /// A grant that lasts for `lease`, and who holds it.
+    fn kept(lease: Duration) -> (Kept, Arc<LeaseState>) {
+        let (owner, request) = (OwnerId::new(ClientId::random()), RequestId::next());
+        let part = Part { partition: Partition(0), owner, request, wants: Arc::new([]) };
+        let (state, now) = (Arc::<LeaseState>::default(), Instant::now());
+        state.cover(request, now + lease);
+        let holder = (Arc::clone(&state), now + lease * 9);
+        (Kept::new((part, Lease::new(lease).unwrap(), true), holder, None), state)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_not_renewed_is_looked_at_thrice_in_a_lease() {
+        let (lease, begun) = (Duration::from_secs(3), Instant::now());
+        let (kept, _state) = kept(lease);
+        let mut looks = Vec::new();
+        while begun.elapsed() < lease {
+            let next = kept.next_look(begun + lease);
+            tokio::time::sleep_until(next).await;
+            looks.push(begun.elapsed().as_secs());
+        }
+        assert_eq!(looks, [1, 2, 3]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_answer_after_the_end_of_the_lease_confirms_nothing() {
+        let lease = Duration::from_secs(3);
+        for (late, held) in [(lease / 2, true), (lease * 2, false)] {
+            let (kept, state) = kept(lease);
+            tokio::time::advance(late).await;
+            assert_eq!(kept.renewed(Instant::now()), held);
+            assert_eq!((kept.is_confirmed(), state.is_held()), (held, held));
+        }
     }
 }

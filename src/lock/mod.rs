@@ -39,7 +39,7 @@ use tokio_util::sync::CancellationToken;
 use crate::backend::{LockBackend, Push, Sink};
 use crate::error::{Error, ErrorKind, Result};
 use crate::protocol::{Backoff, BreakerOptions, BreakerState, Inspection};
-use crate::types::{ClientId, Mode, OwnerId, ResourceKey};
+use crate::types::{ClientId, MAX_WAIT, Mode, OwnerId, ResourceKey};
 
 use crowd::Crowds;
 use owners::Owners;
@@ -68,7 +68,7 @@ pub struct LockOptions {
     pub retry: Backoff,
     /// The most entries of one owner on one key.
     pub max_entries: u32,
-    /// How long one call to the service may take.
+    /// How long one call to the service may take; what is longer than a year counts as that.
     pub call_timeout: Duration,
     /// When a service that fails is left alone, so that requests fail at once.
     pub breaker: BreakerOptions,
@@ -93,6 +93,16 @@ impl Default for LockOptions {
             hand_over: LocalHandOver::default(),
             grace: Duration::from_secs(10),
         }
+    }
+}
+
+impl LockOptions {
+    /// With times that can be added to any moment.
+    fn bounded(mut self) -> Self {
+        self.call_timeout = self.call_timeout.min(MAX_WAIT);
+        let open = &mut self.breaker.open;
+        (open.first, open.max) = (open.first.min(MAX_WAIT), open.max.min(MAX_WAIT));
+        self
     }
 }
 
@@ -124,7 +134,7 @@ impl Locks {
     /// # Cancel safety
     /// Dropping the future leaves nothing behind.
     pub async fn with_options(backend: Arc<dyn LockBackend>, options: LockOptions) -> Result<Self> {
-        let client = ClientId::random();
+        let (client, options) = (ClientId::random(), options.bounded());
         let (schedule, counters) = (Arc::new(Schedule::new()), Arc::new(Counters::default()));
         let listener = Arc::downgrade(&schedule);
         let sink: Sink = Arc::new(move |push| match (listener.upgrade(), push) {

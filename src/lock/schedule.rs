@@ -59,6 +59,15 @@ impl Job {
         }
     }
 
+    /// Nobody will look after it any more.
+    fn forsake(self) {
+        match self {
+            Job::Keep(kept) => kept.lose(),
+            Job::Wait(waiting) => waiting.forgotten(),
+            Job::Settle(_) => {}
+        }
+    }
+
     fn is_like(&self, other: &Job) -> bool {
         std::mem::discriminant(self) == std::mem::discriminant(other)
     }
@@ -85,8 +94,13 @@ impl Schedule {
     }
 
     /// Puts a job in, in the place of what the request had before. Without a time it only listens.
+    /// One that comes after the watchdog has ended is treated as those that it left behind.
     pub(super) fn put(&self, request: RequestId, job: Job, due: Option<Instant>) {
         let mut table = self.lock();
+        if table.dead {
+            drop(table);
+            return job.forsake();
+        }
         table.take(request);
         table.jobs.insert(request, (job, due));
         let Some(due) = due else { return };
@@ -287,13 +301,7 @@ impl Schedule {
         table.due.clear();
         let jobs = std::mem::take(&mut table.jobs);
         drop(table);
-        for (job, _) in jobs.into_values() {
-            match job {
-                Job::Keep(kept) => kept.lose(),
-                Job::Wait(waiting) => waiting.forgotten(),
-                Job::Settle(_) => {}
-            }
-        }
+        jobs.into_values().for_each(|(job, _)| job.forsake());
         self.emptied.notify_waiters();
     }
 

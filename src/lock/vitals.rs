@@ -174,7 +174,7 @@ impl Vitals {
             if let Some(ticket) = ticket {
                 return self.pass_with(ticket);
             }
-            let at = at.map(|at| self.epoch + at);
+            let at = at.and_then(|at| self.epoch.checked_add(at));
             tokio::select! {
                 () = self.changed.notified() => {}
                 () = sleep_until(at.unwrap_or(self.epoch)), if at.is_some() => {}
@@ -287,7 +287,9 @@ impl Pass<'_> {
             Err(_) => {
                 let detail = format!("the lock service did not answer within {limit:?}");
                 let long = limit.saturating_mul(SHORT) >= self.vitals.call_timeout;
-                (Err(Error::new(ErrorKind::Unavailable, "call", detail)), long)
+                // If it is noticed so late, it was this process that stood still.
+                let in_time = sent.elapsed() <= limit.saturating_add(limit / 2);
+                (Err(Error::new(ErrorKind::Unavailable, "call", detail)), long && in_time)
             }
         };
         match &answer {
@@ -376,7 +378,8 @@ impl Lag {
     fn note(&self, next: Option<Duration>, late: Duration) {
         let nanos = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
         self.next.store(next.map_or(0, nanos), Ordering::Relaxed);
-        if !late.is_zero() {
+        // Without anything to do it is late no more, and there may be no next time to show it.
+        if !late.is_zero() || (next.is_none() && self.last.load(Ordering::Relaxed) > 0) {
             self.last.store(nanos(late).saturating_add(1), Ordering::Relaxed);
         }
     }

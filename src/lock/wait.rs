@@ -56,10 +56,15 @@ impl Waiting {
         }
     }
 
-    /// The host was suspended for `by`: what was answered before is as much older.
+    /// The host was suspended for `by`: what was answered before is as much older, and a grant that
+    /// nobody has taken yet lasts for as much less.
     pub(super) fn slept(&self, by: Duration) {
+        let earlier = |at: Instant| at.checked_sub(by).unwrap_or(at);
         let mut state = self.lock();
-        state.queued = state.queued.checked_sub(by).unwrap_or(state.queued);
+        state.queued = earlier(state.queued);
+        if let Some(Turn::Granted { deadline, .. }) = &mut state.outcome {
+            *deadline = earlier(*deadline);
+        }
     }
 
     /// A refresh failed.
@@ -139,12 +144,36 @@ mod tests {
         Grant { request, tokens: vec![FencingToken::FIRST], block }
     }
 
-    #[tokio::test]
-    async fn push_and_refresh_come_in_any_order_and_the_block_is_known() {
+    fn part() -> Part {
         let wants = [Want::new(ResourceKey::parse("k").unwrap(), Mode::Exclusive)].into();
         let (owner, request) = (OwnerId::group(ClientId::random()), RequestId::next());
-        let part = Part { partition: Partition(0), owner, request, wants };
+        Part { partition: Partition(0), owner, request, wants }
+    }
+
+    #[tokio::test]
+    async fn what_a_host_slept_is_taken_off_a_grant_that_nobody_has_taken_yet() {
+        let (part, now) = (part(), Instant::now());
         let lease = Lease::new(Duration::from_secs(10)).unwrap();
+        for confirmed in [false, true] {
+            let waiting = Waiting::new(part.clone(), lease, now, None);
+            match confirmed {
+                true => waiting.granted(grant(part.request, 1), now),
+                false => waiting.pushed(grant(part.request, 1)),
+            }
+            let deadline = async || match waiting.turn().await {
+                Turn::Granted { deadline, .. } => deadline,
+                Turn::Forgotten => panic!("forgotten"),
+            };
+            let before = deadline().await;
+            waiting.slept(Duration::from_secs(5));
+            assert_eq!(before - deadline().await, Duration::from_secs(5));
+        }
+    }
+
+    #[tokio::test]
+    async fn push_and_refresh_come_in_any_order_and_the_block_is_known() {
+        let part = part();
+        let (request, lease) = (part.request, Lease::new(Duration::from_secs(10)).unwrap());
         for (pushed, refreshed, push_first) in
             [(256, 1, true), (256, 1, false), (1, 256, true), (1, 256, false), (256, 256, false)]
         {

@@ -58,8 +58,16 @@ impl Drop for Alive {
 
 impl Watchdog {
     /// Runs until the schedule is stopped and empty.
-    pub(super) async fn run(self) {
-        let _alive = Alive(Arc::clone(&self.schedule));
+    pub(super) fn run(self) -> impl Future<Output = ()> + Send {
+        // Not within the future, which is dropped unpolled when its runtime is shut down.
+        let alive = Alive(Arc::clone(&self.schedule));
+        async move {
+            let _alive = alive;
+            self.watch().await;
+        }
+    }
+
+    async fn watch(&self) {
         let mut renewing = FuturesUnordered::new();
         let mut settling = FuturesUnordered::new();
         let mut asking = FuturesUnordered::new();
@@ -137,7 +145,7 @@ impl Watchdog {
         let deadline = kept.deadline().unwrap_or(now);
         let confirmed = kept.is_confirmed();
         if confirmed && (!kept.renews || now >= kept.last()) {
-            self.schedule.again(request, &job, deadline);
+            self.schedule.again(request, &job, kept.next_look(deadline));
             return None;
         }
         let millis = deadline.saturating_duration_since(now).as_millis();
@@ -172,12 +180,15 @@ impl Watchdog {
     fn apply(&self, job: &Job, renewed: Renewed, sent: Instant) {
         match (job, renewed) {
             (Job::Keep(kept), Renewed::Held(_)) => {
+                if !kept.renewed(sent) {
+                    return self.lose(kept);
+                }
                 let lease = kept.lease;
-                kept.renewed(sent);
                 self.counters.renewed();
                 let interval = Renewals::new(lease).after_success();
                 let due = self.schedule.aligned(sent + interval, interval);
-                let due = if kept.renews { due } else { sent + lease.get() - lease.drift() };
+                let ends = sent + lease.get() - lease.drift();
+                let due = if kept.renews { due } else { kept.next_look(ends) };
                 self.schedule.again(kept.part.request, job, due);
             }
             (Job::Keep(kept), _) => self.lose(kept),

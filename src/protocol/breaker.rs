@@ -38,7 +38,7 @@ use super::Backoff;
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct BreakerOptions {
-    /// Whether it opens at all.
+    /// Whether it opens at all. If not, it still tells whether calls have failed.
     pub enabled: bool,
     /// It opens after this many failures without a success in between.
     pub in_a_row: u32,
@@ -114,7 +114,7 @@ pub struct Refused {
 #[derive(Clone, Debug)]
 pub struct Breaker {
     options: BreakerOptions,
-    /// How long a trial may take.
+    /// After this time nobody will say how a trial has ended.
     patience: Duration,
     state: State,
     era: u64,
@@ -153,9 +153,11 @@ struct Trial {
 }
 
 impl Breaker {
-    /// A closed one. A trial that takes longer than `patience` has failed.
+    /// A closed one, for calls that end after `limit` at the latest. A trial is waited for a
+    /// quarter longer, so that its end is heard of before another one begins.
     #[must_use]
-    pub fn new(options: BreakerOptions, patience: Duration) -> Self {
+    pub fn new(options: BreakerOptions, limit: Duration) -> Self {
+        let patience = limit.saturating_add(limit / 4);
         Self { options, patience, state: State::Closed(None), era: 0, trials: 0 }
     }
 
@@ -252,11 +254,9 @@ impl Breaker {
     /// A call failed. `chance` is a random number in `0.0..1.0`.
     pub fn failed(&mut self, ticket: Ticket, now: Duration, chance: f64) {
         match (self.state, ticket) {
-            (State::Closed(trouble), Ticket::Call { era })
-                if era == self.era && self.options.enabled =>
-            {
+            (State::Closed(trouble), Ticket::Call { era }) if era == self.era => {
                 let trouble = Trouble::more(trouble, now, &self.options);
-                if trouble.is_enough(&self.options) {
+                if self.options.enabled && trouble.is_enough(&self.options) {
                     self.enter(self.open(0, now, chance));
                 } else {
                     self.state = State::Closed(Some(trouble));

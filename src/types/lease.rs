@@ -3,6 +3,7 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use tokio::sync::Notify;
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
@@ -106,6 +107,8 @@ impl TryFrom<Duration> for Lease {
 pub struct LeaseState {
     covered: Mutex<Vec<Covered>>,
     lost: CancellationToken,
+    /// Told when one of them may be in danger sooner than before.
+    sooner: Notify,
 }
 
 /// A grant, and how long it lasts.
@@ -140,6 +143,8 @@ impl LeaseState {
             covered.reserve_exact(1); // most states cover no second one
         }
         covered.push(Covered::new(request, deadline));
+        drop(covered);
+        self.sooner.notify_waiters();
     }
 
     /// Moves the deadline of a grant that is covered. It never moves back, and what is lost stays
@@ -161,6 +166,8 @@ impl LeaseState {
             covered.deadline = earlier(covered.deadline);
             covered.expiring = earlier(covered.expiring);
         }
+        drop(covered);
+        self.sooner.notify_waiters();
     }
 
     /// Takes a grant out that was given up. With the last one, the state counts as lost: whoever
@@ -201,10 +208,16 @@ impl LeaseState {
     /// # Cancel safety
     /// Dropping the future has no effect.
     pub async fn expiring(&self) {
-        while !self.is_expiring() {
+        loop {
+            // Before it is looked at, so that no change in between is missed.
+            let sooner = self.sooner.notified();
+            if self.is_expiring() {
+                return;
+            }
             let at = self.expiring_at();
             tokio::select! {
                 () = self.lost.cancelled() => {}
+                () = sooner => {}
                 () = sleep_until(at.unwrap_or_else(Instant::now)), if at.is_some() => {}
             }
         }
@@ -285,6 +298,23 @@ mod tests {
         assert!(!state.is_expiring());
         state.expiring().await;
         assert_eq!(begun.elapsed().as_secs(), 12);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn whoever_waits_for_the_danger_learns_that_it_comes_sooner() {
+        let seconds = Duration::from_secs;
+        let (state, request, begun) = (LeaseState::default(), RequestId::next(), Instant::now());
+        state.cover(request, begun + seconds(90));
+        let waits = async || {
+            state.expiring().await;
+            begun.elapsed().as_secs()
+        };
+        let second = RequestId::next();
+        let (at, ()) = tokio::join!(waits(), async { state.cover(second, begun + seconds(9)) });
+        assert_eq!(at, 6, "it is in danger with another grant");
+        state.extend(second, begun + seconds(900));
+        let (at, ()) = tokio::join!(waits(), async { state.shorten(request, seconds(50)) });
+        assert_eq!(at, 10, "it is in danger after a suspension");
     }
 
     #[tokio::test(start_paused = true)]

@@ -4,8 +4,8 @@ use std::error::Error as _;
 use std::sync::atomic::Ordering::SeqCst;
 use std::time::{Duration, Instant};
 
-use palisade::{BreakerState, ErrorKind, LockOptions, Locks};
-use tokio::time::{sleep, timeout};
+use palisade::{BreakerState, ErrorKind, LockOptions, Locks, Status};
+use tokio::time::{advance, sleep, timeout};
 
 use crate::shaky::{Mood, Shaky};
 use crate::support::{RedisServer, wait_until};
@@ -90,12 +90,12 @@ async fn one_request_is_the_probe_and_the_others_are_refused_until_it_is_answere
         drop(probe);
         assert_eq!(locks.breaker_state(), BreakerState::HalfOpen, "who goes away says nothing");
     }
-    // One that is kept and never polled again holds the others up for one call's time.
+    // One that is kept and never polled again holds the others up for one call's time and a bit.
     let mut kept = Box::pin(locks.lock("kept").acquire());
     assert!(timeout(Duration::from_millis(1), &mut kept).await.is_err());
     shaky.set(Mood::Answers);
     assert!(locks.lock("k").acquire().await.is_err());
-    sleep(locks.options().call_timeout).await;
+    sleep(locks.options().call_timeout * 5 / 4).await;
     locks.lock("k").acquire().await.unwrap().release().await.unwrap();
     assert_eq!(locks.breaker_state(), BreakerState::Closed);
 }
@@ -141,6 +141,23 @@ async fn a_caller_that_goes_away_and_a_refusal_for_a_reason_say_nothing_against_
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_process_that_stood_still_says_nothing_against_the_service() {
+    let shaky = Shaky::new();
+    let locks = shaky.locks(LockOptions::default()).await;
+    shaky.set(Mood::Hangs);
+    let limit = LockOptions::default().call_timeout;
+    for (passed, state) in [(limit * 30, BreakerState::Closed), (limit, BreakerState::Open)] {
+        for _ in 0..3 {
+            let asked = tokio::spawn(locks.lock("k").try_acquire());
+            sleep(Duration::from_millis(1)).await;
+            advance(passed).await;
+            assert_eq!(asked.await.unwrap().unwrap_err().kind(), ErrorKind::Unavailable);
+        }
+        assert_eq!(locks.breaker_state(), state, "after time-outs of {passed:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_breaker_that_is_disabled_refuses_nothing() {
     let shaky = Shaky::new();
     let mut options = LockOptions::default();
@@ -151,6 +168,30 @@ async fn a_breaker_that_is_disabled_refuses_nothing() {
         let error = locks.lock("k").acquire().await.unwrap_err();
         assert_eq!(error.retry_after(), None);
         assert_eq!(shaky.acquires.load(SeqCst), n);
+    }
+    let health = locks.health();
+    assert_eq!((health.status, health.breaker), (Status::Degraded, BreakerState::Closed));
+    assert!(health.reason.unwrap().contains("it is down"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn times_without_end_cost_no_lease() {
+    let mut patient = LockOptions::default();
+    patient.call_timeout = Duration::MAX;
+    let mut resigned = LockOptions::default();
+    (resigned.breaker.open.first, resigned.breaker.open.max) = (Duration::MAX, Duration::MAX);
+    for options in [patient, resigned] {
+        let shaky = Shaky::new();
+        let locks = shaky.locks(options).await;
+        let held = locks.lock("held").acquire().await.unwrap();
+        shaky.set(Mood::Fails);
+        open(&locks).await;
+        shaky.set(Mood::Hangs);
+        // The service is asked whether it is back, and leaves that unanswered.
+        sleep(Duration::from_secs(1)).await;
+        shaky.set(Mood::Answers);
+        sleep(Duration::from_secs(60)).await;
+        assert!(held.is_held(), "{options:?}");
     }
 }
 

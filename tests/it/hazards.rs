@@ -23,6 +23,7 @@ struct Odd {
     inner: MemoryBackend,
     acquire_ms: AtomicU64,
     renew_ms: AtomicU64,
+    renewed_ms: AtomicU64,
     release_ms: AtomicU64,
     hang_release_on: AtomicU32,
     renew_panics: AtomicBool,
@@ -35,6 +36,7 @@ impl Odd {
             inner: MemoryBackend::with_partitions(partitions),
             acquire_ms: 0.into(),
             renew_ms: 0.into(),
+            renewed_ms: 0.into(),
             release_ms: 0.into(),
             hang_release_on: AtomicU32::new(u32::MAX),
             renew_panics: false.into(),
@@ -63,7 +65,9 @@ impl LockBackend for Odd {
         self.renews.fetch_add(1, SeqCst);
         assert!(!self.renew_panics.load(SeqCst), "renew panics");
         sleep(Duration::from_millis(self.renew_ms.load(SeqCst))).await;
-        self.inner.renew(p, r).await
+        let answer = self.inner.renew(p, r).await;
+        sleep(Duration::from_millis(self.renewed_ms.load(SeqCst))).await;
+        answer
     }
     async fn release(&self, p: &Part) -> palisade::Result<Released> {
         if u32::from(p.partition.0) == self.hang_release_on.load(SeqCst) {
@@ -179,6 +183,17 @@ async fn a_late_renewal_after_the_release_is_no_loss() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_renewal_that_is_answered_after_the_end_of_the_lease_is_a_loss() {
+    let odd = Odd::new(1);
+    let locks = over(&odd).await;
+    let lease = Duration::from_secs(1);
+    let guard = locks.lock("k").ttl(lease).auto_renew(false).acquire().await.unwrap();
+    odd.renewed_ms.store(1_500, SeqCst);
+    assert_eq!(guard.renew().await.unwrap_err().kind(), ErrorKind::LeaseLost);
+    assert!(!guard.is_held());
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_watchdog_that_dies_costs_every_lease() {
     let odd = Odd::new(1);
     let locks = over(&odd).await;
@@ -189,6 +204,20 @@ async fn a_watchdog_that_dies_costs_every_lease() {
         "held: {}",
         guard.is_held()
     );
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_granted_after_the_watchdog_died_is_lost_at_once() {
+    let odd = Odd::new(1);
+    let locks = over(&odd).await;
+    odd.renew_panics.store(true, SeqCst);
+    let first = locks.lock("first").ttl(Duration::from_secs(3)).acquire().await.unwrap();
+    odd.acquire_ms.store(1_500, SeqCst);
+    let late = tokio::spawn(locks.lock("late").acquire());
+    first.lost().await;
+    assert!(!late.is_finished(), "it was asked for before");
+    let error = timeout(Duration::from_secs(60), late).await.unwrap().unwrap().unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::LeaseLost, "{error}");
 }
 
 #[test]

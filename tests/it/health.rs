@@ -73,6 +73,23 @@ async fn asking_for_the_health_costs_at_most_one_probe_in_five_seconds() {
     assert!(locks.health().probed.unwrap() <= Duration::from_secs(6));
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_watchdog_that_was_late_once_is_not_late_for_ever_in_an_idle_process() {
+    let shaky = Shaky::new();
+    let locks = shaky.locks(LockOptions::default()).await;
+    locks.lock("k").acquire().await.unwrap().release().await.unwrap();
+    sleep(Duration::from_millis(1)).await;
+    tokio::time::advance(Duration::from_secs(60)).await;
+    sleep(Duration::from_millis(1)).await;
+    let late = locks.health();
+    assert_eq!(late.status, Status::Degraded, "{late:?}");
+    wait_until("it is up", SOON, async || {
+        sleep(Duration::from_secs(1)).await;
+        locks.health().status == Status::Up
+    })
+    .await;
+}
+
 #[tokio::test]
 async fn the_clock_of_redis_is_compared_and_all_of_it_can_be_serialized() {
     let redis = RedisServer::start();

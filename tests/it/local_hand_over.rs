@@ -386,6 +386,52 @@ async fn whoever_is_handed_the_lock_and_never_looks_keeps_it_for_two_leases_at_m
 }
 
 #[tokio::test(start_paused = true)]
+async fn whoever_looks_late_at_what_it_was_handed_has_it_renewed_from_then_on() {
+    let lease = LockOptions::default().lease;
+    let (_, locks) = memory().await;
+    let holder = lane(&locks).await;
+    let mut kept = Box::pin(locks.lock("k").wait(9 * lease).acquire());
+    assert!(!drop_after(kept.as_mut(), 0).await, "it waits in the lane");
+    settle().await;
+    holder.release().await.unwrap();
+    tokio::time::sleep(lease * 3 / 2).await;
+    let guard = kept.await.unwrap();
+    tokio::time::sleep(9 * lease).await;
+    assert!(guard.is_held());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_service_that_is_shut_down_passes_nothing_on() {
+    let (_, locks) = memory().await;
+    let holder = lane(&locks).await;
+    let mut kept = Box::pin(locks.lock("k").wait(SOON).acquire());
+    assert!(!drop_after(kept.as_mut(), 0).await, "it waits in the lane");
+    let ours = locks.clone();
+    let ends = tokio::spawn(async move { ours.shutdown().await });
+    settle().await;
+    holder.release().await.unwrap();
+    ends.await.unwrap().unwrap();
+    assert_eq!(kept.await.unwrap_err().kind(), ErrorKind::Closed);
+}
+
+#[tokio::test]
+async fn whoever_waits_for_a_lane_learns_that_the_runtime_of_the_service_is_gone() {
+    let theirs = || {
+        // It runs only now.
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+        let (_, locks) = runtime.block_on(memory());
+        (runtime, locks)
+    };
+    let (runtime, locks) = tokio::task::spawn_blocking(theirs).await.unwrap();
+    let _holder = locks.lock("k").acquire().await.unwrap();
+    let waiter = tokio::spawn(locks.lock("k").wait(9 * SOON).acquire());
+    settle().await;
+    runtime.shutdown_background();
+    let answer = tokio::time::timeout(SOON, waiter).await.unwrap().unwrap();
+    assert_eq!(answer.unwrap_err().kind(), ErrorKind::Closed);
+}
+
+#[tokio::test(start_paused = true)]
 async fn whoever_does_not_look_before_its_time_is_over_is_passed_over() {
     let (_, locks) = memory().await;
     let holder = locks.lock("k").acquire().await.unwrap();
@@ -778,6 +824,31 @@ async fn a_lost_push_costs_a_refresh_and_no_tokens() {
         guard.release().await.unwrap();
     }
     assert_eq!(tokens, [tokens[0], tokens[0] + 1, tokens[0] + 2], "one block");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_grant_that_was_pushed_is_passed_on_unconfirmed_however_long_its_lease() {
+    for lease in [LockOptions::default().lease, Duration::from_secs(60 * 60)] {
+        let (backend, ours, theirs) = lossy().await;
+        let holder = theirs.lock("k").ttl(lease).acquire().await.unwrap();
+        let alone = tokio::spawn(ours.lock("k").ttl(lease).wait(SOON).acquire());
+        settle().await;
+        let ask = || tokio::spawn(ours.lock("k").ttl(lease).wait(SOON).acquire());
+        let waiters: Vec<_> = (0..3).map(|_| ask()).collect();
+        settle().await;
+        alone.abort();
+        settle().await;
+        assert_eq!(standing(&ours).await, (1, 1));
+        backend.no_renewal.store(true, SeqCst);
+        holder.release().await.unwrap();
+        let mut tokens = Vec::new();
+        for waiter in waiters {
+            let guard = waiter.await.unwrap().unwrap();
+            tokens.push(number(guard.token()));
+            guard.release().await.unwrap();
+        }
+        assert_eq!(tokens, [tokens[0], tokens[0] + 1, tokens[0] + 2], "{lease:?}");
+    }
 }
 
 #[tokio::test(start_paused = true)]

@@ -4,6 +4,7 @@ use proptest::prelude::*;
 
 use super::*;
 
+const LIMIT: Duration = Duration::from_millis(1_600);
 const PATIENCE: Duration = Duration::from_secs(2);
 
 fn ms(millis: u64) -> Duration {
@@ -11,7 +12,7 @@ fn ms(millis: u64) -> Duration {
 }
 
 fn breaker() -> Breaker {
-    Breaker::new(BreakerOptions::default(), PATIENCE)
+    Breaker::new(BreakerOptions::default(), LIMIT)
 }
 
 /// One that three failures have just opened.
@@ -97,6 +98,16 @@ fn it_stays_open_longer_each_time_and_never_longer_than_its_maximum() {
 }
 
 #[test]
+fn a_ping_that_ends_with_its_time_out_is_heard_of() {
+    let mut breaker = opened();
+    let ping = breaker.ping(ms(100)).unwrap();
+    let end = ms(100) + LIMIT;
+    assert_eq!(breaker.ping(end), None, "the first has not said how it ended");
+    breaker.failed(ping, end, 0.0);
+    assert_eq!(breaker.ping_at(), Some(end + ms(200)));
+}
+
+#[test]
 fn a_ping_half_opens_and_the_probe_closes_or_opens_again() {
     let mut breaker = half_opened();
     let probe = breaker.admit(ms(101)).unwrap();
@@ -151,11 +162,15 @@ fn what_was_sent_before_it_opened_neither_closes_it_nor_opens_it_again() {
 #[test]
 fn one_that_is_disabled_never_opens() {
     let options = BreakerOptions { enabled: false, ..BreakerOptions::default() };
-    let mut breaker = Breaker::new(options, PATIENCE);
+    let mut breaker = Breaker::new(options, LIMIT);
     for _ in 0..99 {
         let ticket = breaker.admit(ms(0)).unwrap();
         breaker.failed(ticket, ms(0), 0.0);
     }
+    assert_eq!(breaker.state(), BreakerState::Closed);
+    assert!(!breaker.is_calm(), "it knows of the failures");
+    let ticket = breaker.admit(ms(10_001)).unwrap();
+    breaker.succeeded(ticket, ms(10_001));
     assert!(breaker.is_calm());
 }
 
@@ -179,7 +194,9 @@ impl World {
             open: Backoff { first: STEP, max: STEP * 2, ..Backoff::default() },
             ..BreakerOptions::default()
         };
-        Self { breaker: Breaker::new(options, STEP * 2), calls: Vec::new(), now: Duration::ZERO }
+        // With a quarter more, two steps.
+        let breaker = Breaker::new(options, STEP * 8 / 5);
+        Self { breaker, calls: Vec::new(), now: Duration::ZERO }
     }
 
     /// All that may happen next.
