@@ -48,6 +48,10 @@ fn bare(sql: &str) -> String {
         .fold(String::new(), |out, line| out + line + "\n")
 }
 
+/// How long a client may at least take no byte of an answer: a network that drops packets for a
+/// moment is no reason to end its session.
+const LEAST_UNREAD: Duration = Duration::from_secs(5);
+
 /// What creates the tables.
 pub(crate) const MIGRATIONS: &[File] = &[File {
     version: 1,
@@ -107,6 +111,7 @@ pub(crate) fn begin(
         .replace("{lock_ms}", &millis(lock))
         .replace("{fence_ms}", &millis(fence))
         .replace("{lease_ms}", &millis(lease))
+        .replace("{unread_ms}", &millis(lease.max(LEAST_UNREAD)))
 }
 
 /// Starts the savepoint in which keys are added to an open branch, under the limits of a fence.

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
 use tokio::sync::MutexGuard as LineGuard;
+use tokio::time::timeout;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::sql::{Failed, classify, is_benign, refuse};
@@ -100,12 +101,19 @@ impl<DB: SqlDatabase> BranchCore<DB> {
         self.progress.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes the connection for good, to end the branch.
+    /// Takes the connection for good, to end the branch. Waits for a lease at the longest: a
+    /// statement that is neither polled nor dropped would keep it for ever.
     async fn take(&self, operation: &'static str) -> Result<Option<Opened<DB>>> {
         if self.progress().is_streaming() {
             return Err(open_stream(operation));
         }
-        Ok(self.line.lock().await.take())
+        let Ok(mut line) = timeout(self.fence.lease.get(), self.line.lock()).await else {
+            let detail = "a statement was neither finished nor dropped for a lease, so the \
+                          connection could not be had; drop its future, or await it";
+            return Err(Error::new(ErrorKind::Aborted, operation, detail)
+                .with_transaction(self.fence.attempt));
+        };
+        Ok(line.take())
     }
 
     fn ending(&self, facts: DB::Facts) -> Ending<'_, DB> {

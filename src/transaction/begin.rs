@@ -140,8 +140,22 @@ impl TransactionRequest {
         Ok(transaction)
     }
 
-    /// Takes the locks of a lock service.
+    /// Takes the locks of a lock service, above what the other one has granted if that can be.
     async fn ask(&self, ground: Ground, locks: &Locks, terms: Terms) -> Result<Grant> {
+        let switch = &self.shared.switch;
+        let advised = switch.floor(ground).filter(|floor| Some(*floor) > terms.floor);
+        let above = Terms { floor: advised.or(terms.floor), ..terms };
+        match (self.ask_above(ground, locks, above).await, advised) {
+            (Err(error), Some(floor)) if error.kind() == ErrorKind::Corrupt => {
+                tracing::warn!(%error, "the floor of the other lock service is left aside");
+                switch.forget(ground, floor);
+                self.ask_above(ground, locks, terms).await
+            }
+            (answer, _) => answer,
+        }
+    }
+
+    async fn ask_above(&self, ground: Ground, locks: &Locks, terms: Terms) -> Result<Grant> {
         let owner = self.owner.unwrap_or_else(|| locks.owner());
         let state = Arc::<LeaseState>::default();
         let request = locks
@@ -150,7 +164,7 @@ impl TransactionRequest {
             .ttl(self.lease)
             .wait(terms.wait)
             .retry(terms.retry)
-            .floor(terms.floor.max(self.shared.switch.floor(ground)))
+            .floor(terms.floor)
             .state(Arc::clone(&state));
         let request = match self.owner {
             Some(owner) => request.owner(owner),

@@ -151,7 +151,8 @@ impl Core {
 
     /// Names the keys whose rows are the locks. Their tokens are what the first store must exceed.
     pub(super) fn want(&self, wants: Vec<Want>) {
-        let token = self.floor.unwrap_or(FencingToken::FIRST);
+        let floor = self.floor.max(self.shared.switch.floor(self.ground));
+        let token = floor.unwrap_or(FencingToken::FIRST);
         let held = |want: Want| Held { key: want.key, mode: want.mode, token };
         self.books().held = wants.into_iter().map(held).collect();
     }

@@ -157,6 +157,17 @@ impl Switch {
         behind.then(|| FencingToken::new(other)).flatten()
     }
 
+    /// Forgets a floor that `ground` cannot exceed, because somebody has made a number up.
+    ///
+    /// What is forgotten is only advice: whatever the store has seen, it refuses a lower token.
+    pub(super) fn forget(&self, ground: Ground, floor: FencingToken) {
+        let other = match ground {
+            Ground::Locks => &self.fallback,
+            _ => &self.locks,
+        };
+        let _ = other.compare_exchange(floor.get(), 0, Ordering::Relaxed, Ordering::Relaxed);
+    }
+
     /// Notes what a transaction on `ground` was granted, and tells of a switch.
     pub(super) fn granted(&self, ground: Ground, token: FencingToken) {
         match ground {
@@ -197,6 +208,16 @@ mod tests {
         assert_eq!(switch.floor(Ground::OtherLocks), None);
         assert_eq!(switch.floor(Ground::Locks), Some(token(11)));
         switch.granted(Ground::Locks, token(12));
+        assert_eq!(switch.floor(Ground::Locks), None);
+    }
+
+    #[test]
+    fn a_floor_that_cannot_be_exceeded_is_forgotten() {
+        let (switch, token) = (Switch::default(), |number| FencingToken::new(number).unwrap());
+        switch.granted(Ground::Rows, token(1 << 52));
+        switch.forget(Ground::Locks, token(7));
+        assert_eq!(switch.floor(Ground::Locks), Some(token(1 << 52)), "another one");
+        switch.forget(Ground::Locks, token(1 << 52));
         assert_eq!(switch.floor(Ground::Locks), None);
     }
 }

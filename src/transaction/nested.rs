@@ -16,7 +16,9 @@ impl Tx {
     ///
     /// Keys that the transaction holds are re-entered; others are added if that cannot deadlock,
     /// and are fenced in the open branches *before* the savepoint, because rolling back to it must
-    /// not undo the fence. All locks are kept until the outermost transaction ends.
+    /// not undo the fence. All locks are kept until the outermost transaction ends. For the same
+    /// reason only the outermost nested transaction adds keys where a branch is open; one within
+    /// another fails with the keys to declare.
     ///
     /// # Errors
     /// Those of [`LockRequest::acquire`](crate::LockRequest::acquire) and of the stores.
@@ -59,6 +61,7 @@ impl Core {
         let _one_at_a_time = self.one_at_a_time().await;
         let new: Vec<&String> =
             keys.iter().filter(|key| !self.holds(key, Mode::Exclusive)).collect();
+        self.refuse_within_savepoint(&new)?;
         if self.ground == Ground::Rows {
             return self.add_rows(&new).await;
         }
@@ -98,6 +101,25 @@ impl Core {
         }
         self.issued(Some(added), issued);
         Ok(())
+    }
+
+    /// A fence within a savepoint would be undone with it, and so would the locks on the rows, while
+    /// the keys stay in the books: writes under them would go on without either.
+    fn refuse_within_savepoint(&self, new: &[&String]) -> Result<()> {
+        let (depth, branches, unfenced) = {
+            let books = self.books();
+            (books.depth, books.slots.len(), books.unfenced.clone())
+        };
+        if depth == 0 || branches == 0 || (new.is_empty() && unfenced.is_empty()) {
+            return Ok(());
+        }
+        let new = new.iter().map(|key| Ok(Want::new(ResourceKey::parse(key)?, Mode::Exclusive)));
+        let mut wants = new.collect::<Result<Vec<_>>>()?;
+        wants.extend(unfenced.into_iter().map(|held| Want::new(held.key, held.mode)));
+        let detail = "a nested transaction within another cannot add keys to an open branch, \
+                      because undoing the outer one would undo their fence; declare all keys \
+                      together at the start";
+        Err(Error::new(ErrorKind::WouldDeadlock, "nested", detail).with_declare(wants))
     }
 
     fn branches(&self) -> Vec<Arc<dyn AnyBranch>> {

@@ -25,10 +25,10 @@ const TABLE: &str = "CREATE TABLE account (name TEXT PRIMARY KEY, cents BIGINT N
 const READ: &str = "SELECT cents FROM account WHERE name = 'alice'";
 const SET: &str = "UPDATE account SET cents = $1 WHERE name = 'alice'";
 
-struct Bench<DB: SqlDatabase> {
-    redis: RedisServer,
-    bank: SqlStore<DB>,
-    coordinator: Coordinator,
+pub struct Bench<DB: SqlDatabase> {
+    pub redis: RedisServer,
+    pub bank: SqlStore<DB>,
+    pub coordinator: Coordinator,
     _server: Server,
 }
 
@@ -38,7 +38,7 @@ enum Server {
     Sqlite(Directory),
 }
 
-async fn postgres() -> Bench<Postgres> {
+pub async fn postgres() -> Bench<Postgres> {
     let server = PostgresServer::start();
     let pool = PgPoolOptions::new().max_connections(10).connect(&server.url()).await.unwrap();
     let bank = SqlStore::new("bank", pool);
@@ -47,7 +47,7 @@ async fn postgres() -> Bench<Postgres> {
     Bench::on(bank, Server::Postgres(server)).await
 }
 
-async fn sqlite() -> Bench<Sqlite> {
+pub async fn sqlite() -> Bench<Sqlite> {
     let directory = Directory::new();
     let options = SqliteConnectOptions::new()
         .filename(directory.path().join("bank.db"))
@@ -95,7 +95,7 @@ impl<DB: SqlDatabase> Bench<DB> {
     }
 
     /// The lock service answers again.
-    async fn returns(&self) {
+    pub async fn returns(&self) {
         self.redis.restart_empty();
         let locks = self.coordinator.locks();
         let answers = async || locks.lock("probe").try_acquire().await.is_ok();
@@ -293,6 +293,9 @@ on_both! {
                             0
                         }
                     };
+                    // PostgreSQL lets who comes have a row before who was woken for it, so of two
+                    // crowds that never rest one starves until its wait is over.
+                    tokio::time::sleep(Duration::from_millis(fastrand::u64(10..40))).await;
                 }
             });
         }

@@ -13,6 +13,7 @@
 mod breaker;
 mod cancel;
 mod degraded;
+mod degraded_floors;
 mod examples;
 mod fault_matrix;
 mod hazards;

@@ -10,7 +10,8 @@ use sqlx::{Connection, PgConnection};
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::store_fences::{
-    again, commit, fence, held, in_doubt, rolled_back, share, with_lease, with_wait, write,
+    again, commit, degraded, fence, held, in_doubt, rolled_back, share, with_lease, with_wait,
+    write,
 };
 use crate::store_postgres::{Bench, add, db};
 use crate::support::wait_until;
@@ -492,4 +493,42 @@ async fn branches_that_take_the_same_keys_in_any_order_never_deadlock() {
     let open = "SELECT count(*) FROM pg_stat_activity WHERE state LIKE 'idle in transaction%'";
     let mut observer = connection(&b).await;
     wait_until("all is over", SOON, async || number(&mut observer, open).await == 0).await;
+}
+
+#[tokio::test]
+async fn a_statement_that_is_kept_and_not_polled_does_not_hold_up_a_commit_for_ever() {
+    let b = Bench::new().await;
+    let branch =
+        b.store.open(&with_lease(write("a", 1), Duration::from_millis(300))).await.unwrap();
+    let handle = db(&branch);
+    let mut kept = Box::pin(sqlx::query("SELECT pg_sleep(0.01)").execute(&handle));
+    assert!(futures_util::poll!(kept.as_mut()).is_pending());
+    let outcome = timeout(SOON * 3, branch.commit()).await;
+    let error = rolled_back(outcome.expect("the commit waits for a lease at the longest"));
+    assert_eq!(error.kind(), ErrorKind::Aborted, "{error}");
+    drop(kept);
+    commit(&b.store.open(&write("a", 2)).await.unwrap()).await;
+}
+
+#[tokio::test]
+async fn a_client_that_stops_reading_does_not_keep_its_rows_for_ever() {
+    const LARGE: &str = "SELECT repeat('x', 1000) FROM generate_series(1, 10000000)";
+    let second = Duration::from_secs(1);
+    for holder in [write("a", 1), degraded(vec![held("a", Mode::Exclusive, 1)])] {
+        let (b, issuer) = (Bench::new().await, holder.issuer);
+        let branch = b.store.open(&with_lease(holder, second)).await.unwrap();
+        let handle = db(&branch);
+        let mut stream = sqlx::query(LARGE).fetch(&handle);
+        stream.next().await.unwrap().unwrap();
+        let mut observer = connection(&b).await;
+        let unread = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'ClientWrite'";
+        wait_until("the server cannot write", SOON * 3, async || {
+            number(&mut observer, unread).await == 1
+        })
+        .await;
+        // It has no token that would end anybody's time.
+        let other = degraded(vec![held("a", Mode::Exclusive, 1)]);
+        let other = b.store.open(&with_wait(other, SOON * 6)).await;
+        commit(&other.unwrap_or_else(|error| panic!("{issuer:?}: {error}"))).await;
+    }
 }

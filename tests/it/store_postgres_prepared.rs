@@ -46,7 +46,8 @@ async fn a_commit_that_cannot_be_proven_is_rolled_back_and_its_session_closed() 
     let branch = store.open(&write("a", 1)).await.unwrap();
     add(&branch, "alice", 1).await.unwrap();
     sqlx::raw_sql("DEALLOCATE ALL").execute(&db(&branch)).await.unwrap();
-    rolled_back(branch.commit().await);
+    let error = rolled_back(branch.commit().await);
+    assert_eq!(error.kind(), ErrorKind::Conflict, "another session has the proof: {error}");
     let branch = store.open(&write("a", 2)).await.unwrap();
     let cents: i64 = sqlx::query_scalar("SELECT cents FROM account WHERE name = 'alice'")
         .fetch_one(&db(&branch))

@@ -57,7 +57,8 @@ async fn refused(mut session: Session<Postgres>, ending: &End<'_>, error: sqlx::
         return Outcome::InDoubt(doubt(ending.fence, OTHER).with_source(error));
     }
     let lacking = sqlstate(&error) == LACKING;
-    let why = classify("commit", error).with_transaction(ending.fence.attempt);
+    let why = if lacking { unprepared(error) } else { classify("commit", error) };
+    let why = why.with_transaction(ending.fence.attempt);
     let ended = match session.conn() {
         Ok(conn) => roll_back(conn, ending, "").await,
         Err(error) => Err(refuse(error)),
@@ -74,6 +75,13 @@ async fn refused(mut session: Session<Postgres>, ending: &End<'_>, error: sqlx::
         // The error was the answer to this commit; only the connection is lost.
         Err(_) => Outcome::RolledBack(why),
     }
+}
+
+/// The session has lost the proof since it was fenced. Another session has it.
+fn unprepared(error: sqlx::Error) -> Error {
+    let detail = "the session has lost the prepared statements of palisade, for example by \
+                  DEALLOCATE, so the transaction was rolled back";
+    Error::new(ErrorKind::Conflict, "commit", detail).with_source(error)
 }
 
 /// The answer was lost: ends the session, so that nothing of it is still on its way, and looks.
