@@ -85,7 +85,8 @@ impl RedisOptions {
 /// This narrows the window in which a failover loses a lock, and does not close it: a replica that
 /// knows nothing of the grant may be the one that is promoted, and renewals are not waited for.
 /// Replicas are asked about on a connection of its own: while a name or a proxy leads it to another
-/// server than the one that granted, the answer says nothing about the grant. The stores keep a stale holder out all the same.
+/// server than the one that granted, the answer says nothing about the grant. The stores keep a
+/// stale holder out all the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MinReplicas {
     /// How many replicas, at least one.
