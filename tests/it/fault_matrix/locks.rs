@@ -13,9 +13,9 @@ use crate::redis_asks::{Client, P0, SOON, key, lease, tokens};
 use crate::support::{Proxy, wait_until};
 
 const KEY: &str = "k";
-const LEASE: Duration = Duration::from_secs(5);
+const LEASE: Duration = Duration::from_secs(8);
 /// What nobody gives up is gone after a lease; the rest is for a busy machine.
-const A_LEASE: Duration = Duration::from_secs(5 + 5);
+const A_LEASE: Duration = Duration::from_secs(8 + 12);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Operation {
