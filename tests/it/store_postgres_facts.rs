@@ -516,7 +516,7 @@ async fn a_client_that_stops_reading_does_not_keep_its_rows_for_ever() {
     let second = Duration::from_secs(1);
     for holder in [write("a", 1), degraded(vec![held("a", Mode::Exclusive, 1)])] {
         let (b, issuer) = (Bench::new().await, holder.issuer);
-        let branch = b.store.open(&with_lease(holder, second)).await.unwrap();
+        let branch = b.store.open(&with_wait(with_lease(holder, second), SOON)).await.unwrap();
         let handle = db(&branch);
         let mut stream = sqlx::query(LARGE).fetch(&handle);
         stream.next().await.unwrap().unwrap();
