@@ -103,8 +103,8 @@ impl Core {
         Ok(())
     }
 
-    /// A fence within a savepoint would be undone with it, and so would the locks on the rows, while
-    /// the keys stay in the books: writes under them would go on without either.
+    /// A fence within a savepoint would be undone with it, and so would the locks on the rows,
+    /// while the keys stay in the books: writes under them would go on without either.
     fn refuse_within_savepoint(&self, new: &[&String]) -> Result<()> {
         let (depth, branches, unfenced) = {
             let books = self.books();

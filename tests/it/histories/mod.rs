@@ -154,7 +154,7 @@ async fn histories_of_redis_behind_a_network_with_faults_are_in_order() {
         let lease = Duration::from_secs(2);
         let call_timeout = Duration::from_millis(250);
         let plan =
-            Plan { lease, call_timeout, patience: SOON, lapses: true, ..Plan::new(seed, 60, DEEP) };
+            Plan { lease, call_timeout, patience: SOON, lapses: true, ..Plan::new(seed, 30, DEEP) };
         let backends = connections(proxies.each_ref().map(Proxy::port), number).await;
         let services = services(backends, &plan).await;
         for (proxy, seed) in proxies.iter().zip(seed..) {
