@@ -26,7 +26,7 @@ struct Point {
 }
 
 pub fn run(bench: &mut Bench) {
-    let points = measure(bench, "multi_thread", multi_thread(), bench.window(100, 500));
+    let points = measure(bench, "multi_thread", multi_thread(), bench.window(80, 500));
     bench.report.add(points.iter().map(|point| {
         let goal = if point.tasks >= MANY_TASKS { 1.0 } else { 0.85 };
         point.ratio().goal(Goal::AtLeast(goal))

@@ -25,7 +25,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 pub fn run(bench: &mut Bench) {
     let server = RedisServer::start();
-    let windows = [bench.window(450, 1_500), bench.window(450, 2_000)];
+    let windows = [bench.window(400, 1_500), bench.window(400, 2_000)];
     let (mut ratios, mut fairness, mut commands) = (Vec::new(), Vec::new(), Vec::new());
     multi_thread().block_on(async {
         let locks = crate::locks_without_hand_over(&server).await;

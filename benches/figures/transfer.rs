@@ -38,7 +38,7 @@ const SUM: &str = "SELECT sum(balance)::bigint FROM account";
 
 pub fn run(bench: &mut Bench) {
     let (redis, postgres) = (RedisServer::start(), PostgresServer::start());
-    let window = bench.window(250, 1_200);
+    let window = bench.window(190, 1_200);
     let (mut transfers, mut plains, mut degraded) = (Vec::new(), Vec::new(), Vec::new());
     multi_thread().block_on(async {
         for tasks in TASKS {
