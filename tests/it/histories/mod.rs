@@ -145,7 +145,7 @@ async fn histories_of_redis_are_in_order() {
 async fn histories_of_redis_behind_a_network_with_faults_are_in_order() {
     let server = RedisServer::start_with(&["--databases", "1000"]);
     let (mut total, mut struck, started) = (Answers::new(), 0, Instant::now());
-    for (number, seed) in seeds(2).enumerate() {
+    for (number, seed) in seeds(1).enumerate() {
         let proxies = [
             Proxy::start(server.port()).await,
             Proxy::start(server.port()).await,
@@ -154,7 +154,7 @@ async fn histories_of_redis_behind_a_network_with_faults_are_in_order() {
         let lease = Duration::from_secs(2);
         let call_timeout = Duration::from_millis(250);
         let plan =
-            Plan { lease, call_timeout, patience: SOON, lapses: true, ..Plan::new(seed, 30, DEEP) };
+            Plan { lease, call_timeout, patience: SOON, lapses: true, ..Plan::new(seed, 16, DEEP) };
         let backends = connections(proxies.each_ref().map(Proxy::port), number).await;
         let services = services(backends, &plan).await;
         for (proxy, seed) in proxies.iter().zip(seed..) {
@@ -176,7 +176,7 @@ async fn histories_of_redis_behind_a_network_with_faults_are_in_order() {
         add(&mut total, answers.unwrap_or_else(|violation| panic!("{plan:?}: {violation}")));
     }
     println!("{:.1?}: {struck} faults, {total:?}", started.elapsed());
-    assert!(struck > 20, "{struck} faults are no torment");
+    assert!(struck > 5, "{struck} faults are no torment");
     assert_bites(&total, &["granted", "acquire Unknown", "release Done", "release Unknown"]);
 }
 
